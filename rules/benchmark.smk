@@ -1,0 +1,53 @@
+"""
+REQUIRED INPUTS   source               {path of the model}/*.safetensors
+                  the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
+                  tasks                files under the benchmark's include_path, and the data files they name
+OUTPUTS           source scores        results/reference/{model}/benchmark/{benchmark}.json
+                  release scores       results/{release}/benchmark.json: with the recovery against the source
+"""
+
+
+rule benchmark_source:
+    input:
+        source=all_shards,
+        tokenizer=tokenizer_files,
+        tasks=benchmark_files,
+        lib=modules("benchmark_source"),
+    output:
+        record="results/reference/{model}/benchmark/{benchmark}.json",
+    log:
+        "logs/benchmark_source/{model}/{benchmark}.log",
+    benchmark:
+        "results/benchmarks/benchmark_source/{model}/{benchmark}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    threads: 1
+    params:
+        source=source_path_of,
+        settings=benchmark_config,
+        tasks=benchmark_folder,
+    script:
+        "../scripts/benchmark_source.py"
+
+
+rule benchmark:
+    input:
+        packed=packed_files,
+        source_scores=source_scores,
+        tasks=benchmark_files,
+        lib=modules("benchmark"),
+    output:
+        record="results/{release}/benchmark.json",
+    log:
+        "logs/benchmark/{release}.log",
+    benchmark:
+        "results/benchmarks/benchmark/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    threads: 1
+    params:
+        benchmark=benchmark_of,
+        settings=benchmark_config,
+        tasks=benchmark_folder,
+    script:
+        "../scripts/benchmark.py"

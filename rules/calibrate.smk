@@ -1,0 +1,28 @@
+"""
+REQUIRED INPUTS   texts                the `path`s of the calibration's sources
+                  tokenizer            {path of the model}/tokenizer.json, ...
+OUTPUTS           tokens, masks        results/calibration/{model}/{calibration}/tokens.safetensors
+                  counts and hashes    results/calibration/{model}/{calibration}/calibration.json
+"""
+
+
+rule calibrate:
+    input:
+        texts=calibration_texts,
+        tokenizer=tokenizer_files,
+        lib=modules("calibrate"),
+    output:
+        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        record="results/calibration/{model}/{calibration}/calibration.json",
+    log:
+        "logs/calibrate/{model}/{calibration}.log",
+    benchmark:
+        "results/benchmarks/calibrate/{model}/{calibration}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+        calibration=calibration_config,
+        trust_remote_code=trusts_code,
+    script:
+        "../scripts/calibrate.py"

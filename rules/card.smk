@@ -1,0 +1,153 @@
+"""
+REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluate,deploy,benchmark}.json,
+                                          results/{release}/blocks/{block}.json
+                  records it shares       results/source/{model}/source.json,
+                                          results/calibration/{model}/{calibration}/calibration.json,
+                                          results/reference/{model}/{calibration}/routing_{block}.json,
+                                          results/reference/{model}/benchmark/{benchmark}.json
+OUTPUTS           card of a release       results/{release}/model/README.md
+                  its pictures            results/{release}/model/{loss,hidden_states}.png
+                  its provenance          results/{release}/model/provenance.json
+                  card of the build       model_card.md
+                  its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any)
+
+The cards read records only: no tensor is opened here.
+"""
+
+
+rule plot_release:
+    input:
+        blocks=block_records,
+        evaluate="results/{release}/evaluate.json",
+        lib=modules("plot_release"),
+    output:
+        loss=report(
+            "results/{release}/model/loss.png",
+            caption="../report/loss.rst",
+            category="Releases",
+            subcategory="{release}",
+            labels={"figure": "loss by depth"},
+        ),
+        hidden_states=report(
+            "results/{release}/model/hidden_states.png",
+            caption="../report/hidden_states.rst",
+            category="Releases",
+            subcategory="{release}",
+            labels={"figure": "error of the hidden states"},
+        ),
+    log:
+        "logs/plot_release/{release}.log",
+    benchmark:
+        "results/benchmarks/plot_release/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    script:
+        "../scripts/plot_release.py"
+
+
+rule release_card:
+    input:
+        records=release_records,
+        loss="results/{release}/model/loss.png",
+        hidden_states="results/{release}/model/hidden_states.png",
+        templates=card_templates(),
+        lib=modules("release_card"),
+    output:
+        readme=report(
+            "results/{release}/model/README.md",
+            caption="../report/release_card.rst",
+            category="Releases",
+            subcategory="{release}",
+            labels={"figure": "card"},
+        ),
+        provenance="results/{release}/model/provenance.json",
+    log:
+        "logs/release_card/{release}.log",
+    benchmark:
+        "results/benchmarks/release_card/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        subject=card_subject,
+    script:
+        "../scripts/release_card.py"
+
+
+rule plot_build:
+    input:
+        records=build_records(),
+        lib=modules("plot_build"),
+    output:
+        loss=report(
+            "results/card/loss.png",
+            caption="../report/loss.rst",
+            category="Build",
+            labels={"figure": "loss by depth"},
+        ),
+        hidden_states=report(
+            "results/card/hidden_states.png",
+            caption="../report/hidden_states.rst",
+            category="Build",
+            labels={"figure": "error of the hidden states"},
+        ),
+    log:
+        "logs/plot_build.log",
+    benchmark:
+        "results/benchmarks/plot_build.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        subjects=card_subjects(),
+    script:
+        "../scripts/plot_build.py"
+
+
+rule plot_experts:
+    input:
+        records=build_records(),
+        lib=modules("plot_experts"),
+    output:
+        experts=report(
+            "results/card/experts.png",
+            caption="../report/experts.rst",
+            category="Build",
+            labels={"figure": "tokens per expert"},
+        ),
+    log:
+        "logs/plot_experts.log",
+    benchmark:
+        "results/benchmarks/plot_experts.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        subjects=card_subjects(),
+    script:
+        "../scripts/plot_experts.py"
+
+
+rule card:
+    input:
+        records=build_records(),
+        provenance=release_provenance(),
+        loss="results/card/loss.png",
+        hidden_states="results/card/hidden_states.png",
+        experts=expert_pictures(),
+        templates=card_templates(),
+        lib=modules("card"),
+    output:
+        card=report(
+            "model_card.md",
+            caption="../report/model_card.rst",
+            category="Build",
+            labels={"figure": "card"},
+        ),
+    log:
+        "logs/card.log",
+    benchmark:
+        "results/benchmarks/card.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        subjects=card_subjects(),
+    script:
+        "../scripts/card.py"

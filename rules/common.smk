@@ -1,0 +1,401 @@
+"""
+What the rules share: the parsed config, and input and parameter functions named for what they mean.
+"""
+
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+from snakemake.exceptions import WorkflowError
+
+LIBRARY = Path(workflow.basedir) / "src"
+sys.path.insert(0, str(LIBRARY))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LIBRARY), os.environ.get("PYTHONPATH")]))
+sys.setrecursionlimit(
+    20_000
+)  # Snakemake walks chains recursively: 61 blocks and two releases exceed the default
+
+from requant.architecture import block_count, block_of, expert_counts
+from requant.benchmark import task_inputs
+from requant.buildlock import drop_stale_locks
+from requant.checkpoint import INDEX, Checkpoint
+from requant.config import parse as parse_config, verify_limits
+from requant.errors import RequantError
+from requant.imports import modules_of
+from requant.locks import tensors_of
+
+
+wildcard_constraints:
+    model=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    release=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    calibration=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    benchmark=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    block=r"\d+",
+    file=r"[^/]+",
+
+
+def or_stop(function, *arguments):
+    """The function's value; a RequantError stops the planning with its one line."""
+    try:
+        return function(*arguments)
+    except RequantError as error:
+        raise WorkflowError(str(error)) from None
+
+
+CONFIG = or_stop(parse_config, config)
+
+if workflow.is_main_process:
+    drop_stale_locks(os.getcwd())
+
+
+# Where things are
+
+
+def located(path):
+    """A path of the config: relative to the working directory, else to the directory of the Snakefile."""
+    beside = Path(workflow.basedir) / path
+    return str(beside) if not Path(path).exists() and beside.exists() else path
+
+
+def source_dir(model):
+    return located(CONFIG.models[model].path)
+
+
+def lock_file(model):
+    """The model's lock, or None for a local checkpoint that has none."""
+    path = located(f"locks/{model}.json")
+    return path if Path(path).exists() else None
+
+
+@cache
+def checkpoint_plan(model):
+    """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
+    if (path := lock_file(model)) is not None:
+        lock = json.loads(Path(path).read_text())
+        shard_of = {name: entry["shard"] for name, entry in lock["tensors"].items()}
+        return lock["config"], shard_of, sorted(lock["files"])
+    local = or_stop(Checkpoint, source_dir(model))
+    shard_of = {name: entry.shard for name, entry in or_stop(tensors_of, source_dir(model)).items()}
+    index = [INDEX] if (local.directory / INDEX).exists() else []
+    return local.config, shard_of, sorted({"config.json", *local.carried_files, *index, *shard_of.values()})
+
+
+@cache
+def shards_by_block(model):
+    """The shards that hold each block's tensors; under None those of embeddings, norm and head."""
+    model_config, shard_of, _ = checkpoint_plan(model)
+    blocks = or_stop(block_count, model_config)
+    found = {}
+    for name, shard in shard_of.items():
+        found.setdefault(block_of(name, blocks), set()).add(shard)
+    return found
+
+
+def block_numbers(model):
+    return list(range(or_stop(block_count, checkpoint_plan(model)[0])))
+
+
+@cache
+def modules(script):
+    """Library modules that scripts/{script}.py imports: a changed one makes the script's results stale."""
+    return modules_of(Path(workflow.basedir) / "scripts" / f"{script}.py", LIBRARY)
+
+
+# Names, by wildcards
+
+
+def release_of(wildcards):
+    return CONFIG.releases[wildcards.release]
+
+
+def model_of(wildcards):
+    return release_of(wildcards).model if hasattr(wildcards, "release") else wildcards.model
+
+
+def calibration_of(wildcards):
+    return release_of(wildcards).calibration
+
+
+def benchmark_of(wildcards):
+    return release_of(wildcards).benchmark if hasattr(wildcards, "release") else wildcards.benchmark
+
+
+def blocks_of(wildcards):
+    return block_numbers(model_of(wildcards))
+
+
+# Source files
+
+
+def source_path_of(wildcards):
+    return source_dir(model_of(wildcards))
+
+
+def source_file(wildcards):
+    return f"{source_dir(wildcards.model)}/{wildcards.file}"
+
+
+def lock_of(wildcards):
+    return lock_file(wildcards.model) or []
+
+
+def checked_files(wildcards):
+    """The records of all files of a model, each checked."""
+    return checks(wildcards, checkpoint_plan(model_of(wildcards))[2])
+
+
+def checks(wildcards, names):
+    return [f"results/source/{model_of(wildcards)}/files/{name}.json" for name in names]
+
+
+def block_shards(wildcards):
+    """The shards that hold a block's tensors, and the records of their check."""
+    names = sorted(shards_by_block(model_of(wildcards)).get(int(wildcards.block), set()))
+    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
+        wildcards, [*names, "config.json"]
+    )
+
+
+def outer_shards(wildcards):
+    """The shards that hold embeddings, norm and head, and the records of their check."""
+    names = sorted(shards_by_block(model_of(wildcards)).get(None, set()))
+    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
+        wildcards, [*names, "config.json"]
+    )
+
+
+def all_shards(wildcards):
+    """Every shard of the source, and the record of the whole source's check."""
+    names = sorted(set(checkpoint_plan(model_of(wildcards))[1].values()))
+    return [f"{source_path_of(wildcards)}/{name}" for name in names] + [
+        f"results/source/{model_of(wildcards)}/source.json"
+    ]
+
+
+def tokenizer_files(wildcards):
+    """Tokenizer and config of the source, and the records of their check."""
+    names = [name for name in checkpoint_plan(model_of(wildcards))[2] if not name.endswith(".safetensors")]
+    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(wildcards, names)
+
+
+# Calibration and the reference chain
+
+
+def calibration_config(wildcards):
+    return CONFIG.calibrations[wildcards.calibration].model_dump(mode="json")
+
+
+def calibration_texts(wildcards):
+    """The text files of a calibration, held-out ones included."""
+    calibration = CONFIG.calibrations[wildcards.calibration]
+    sources = [*calibration.sources, *(calibration.heldout.sources or [])]
+    return [located(source.path) for source in sources]
+
+
+def tokens_of(wildcards):
+    return f"results/calibration/{model_of(wildcards)}/{calibration_of(wildcards)}/tokens.safetensors"
+
+
+def calibration_record(wildcards):
+    return f"results/calibration/{model_of(wildcards)}/{calibration_of(wildcards)}/calibration.json"
+
+
+def chain_file(wildcards, block):
+    """Hidden states of the reference chain after `block`; after the embedding for -1."""
+    name = "embedded" if block < 0 else f"hidden_{block}"
+    calibration = wildcards.calibration if hasattr(wildcards, "calibration") else calibration_of(wildcards)
+    return f"results/reference/{model_of(wildcards)}/{calibration}/{name}.safetensors"
+
+
+def reference_before(wildcards):
+    return chain_file(wildcards, int(wildcards.block) - 1)
+
+
+def reference_after(wildcards):
+    return chain_file(wildcards, int(wildcards.block))
+
+
+def reference_chain(wildcards):
+    """The whole chain, embeddings first."""
+    return [chain_file(wildcards, block) for block in [-1, *blocks_of(wildcards)]]
+
+
+def routing_records(wildcards):
+    folder = f"results/reference/{model_of(wildcards)}/{calibration_of(wildcards)}"
+    return [f"{folder}/routing_{block}.json" for block in blocks_of(wildcards)]
+
+
+# Quantization
+
+
+def tuning_inputs(wildcards):
+    """What a block is tuned on: the output of the quantized blocks before it, or of the source's."""
+    before = int(wildcards.block) - 1
+    if before < 0 or release_of(wildcards).tuning.inputs == "reference":
+        return chain_file(wildcards, before)
+    return f"results/{wildcards.release}/chain/{before}.safetensors"
+
+
+def tuning_config(wildcards):
+    return release_of(wildcards).tuning.model_dump(mode="json")
+
+
+def tuning_threads(wildcards):
+    return release_of(wildcards).tuning.threads
+
+
+def tuning_gpus(wildcards):
+    return 0 if release_of(wildcards).tuning.device == "cpu" else 1
+
+
+def scheme_of_release(wildcards):
+    return release_of(wildcards).scheme
+
+
+def keep_patterns(wildcards):
+    return release_of(wildcards).keep
+
+
+def block_files(wildcards):
+    return [f"results/{wildcards.release}/blocks/{block}.safetensors" for block in blocks_of(wildcards)]
+
+
+def block_records(wildcards):
+    return [f"results/{wildcards.release}/blocks/{block}.json" for block in blocks_of(wildcards)]
+
+
+# The packed release
+
+
+def packed_files(wildcards):
+    """Files of results/{release}/model that the build has to have before it reads the release."""
+    return [f"results/{wildcards.release}/pack.json"]
+
+
+def limits_of(wildcards):
+    return list(verify_limits(release_of(wildcards)))
+
+
+def verify_samples(wildcards):
+    return release_of(wildcards).verify.public_decoder_samples
+
+
+def trusts_code(wildcards):
+    return CONFIG.models[model_of(wildcards)].trust_remote_code
+
+
+DEMO_DOCUMENTS = {
+    "calibration/stories": 12_000,
+    "calibration/exercises": 40_000,
+    "test/stories": 400,
+    "test/exercises": 1_400,
+}
+
+
+def demo_documents(wildcards):
+    """Documents of a demo text: enough for 512 samples of 2048 tokens, and a few minutes of benchmarks."""
+    return DEMO_DOCUMENTS[f"{wildcards.split}/{wildcards.kind}"]
+
+
+# Serving
+
+
+def deploy_config(wildcards):
+    return release_of(wildcards).deploy.model_dump(mode="json")
+
+
+def target_config(wildcards):
+    return CONFIG.targets[release_of(wildcards).deploy.target].model_dump(mode="json")
+
+
+# Benchmarks
+
+
+def benchmark_config(wildcards):
+    return CONFIG.benchmarks[benchmark_of(wildcards)].model_dump(mode="json")
+
+
+def benchmark_folder(wildcards):
+    """The directory of a benchmark's task files; empty if it has lm-eval's own tasks alone."""
+    include_path = CONFIG.benchmarks[benchmark_of(wildcards)].include_path
+    return located(include_path) if include_path else ""
+
+
+def benchmark_files(wildcards):
+    """The task files of a benchmark and the data files they name."""
+    folder = benchmark_folder(wildcards)
+    return task_inputs(Path(folder) if folder else None)
+
+
+def source_scores(wildcards):
+    """The source model's scores on a release's benchmark."""
+    return f"results/reference/{model_of(wildcards)}/benchmark/{benchmark_of(wildcards)}.json"
+
+
+# Cards
+
+
+def shared_records(wildcards):
+    """The records that a release shares with others of its model: source, tokens, routing, the source's scores."""
+    model = model_of(wildcards)
+    return [
+        f"results/source/{model}/source.json",
+        calibration_record(wildcards),
+        *routing_records(wildcards),
+        f"results/reference/{model}/benchmark/{benchmark_of(wildcards)}.json",
+    ]
+
+
+def release_records(wildcards):
+    """Every record that the card of a release reads."""
+    own = [
+        f"results/{wildcards.release}/{stage}.json"
+        for stage in ("pack", "verify", "evaluate", "deploy", "benchmark")
+    ]
+    return [*shared_records(wildcards), *block_records(wildcards), *own]
+
+
+def built():
+    """The releases of the build, as wildcards."""
+    return [SimpleNamespace(release=release) for release in CONFIG.build]
+
+
+def build_records():
+    return list(dict.fromkeys(record for wildcards in built() for record in release_records(wildcards)))
+
+
+def release_provenance():
+    return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
+
+
+def expert_pictures():
+    """The heat map of experts, if a model of the build has any."""
+    plans = [(checkpoint_plan(model_of(wildcards))[1], len(blocks_of(wildcards))) for wildcards in built()]
+    return (
+        ["results/card/experts.png"] if any(expert_counts(names, blocks) for names, blocks in plans) else []
+    )
+
+
+def card_templates():
+    return sorted(str(path) for path in (LIBRARY / "requant" / "templates").glob("*.j2"))
+
+
+def card_subject(wildcards):
+    """What requant.card.load_release asks for, to find and describe the records of a release."""
+    model = CONFIG.models[model_of(wildcards)]
+    return {
+        "release": wildcards.release,
+        "model": model_of(wildcards),
+        "calibration": calibration_of(wildcards),
+        "benchmark": benchmark_of(wildcards),
+        "blocks": len(blocks_of(wildcards)),
+        "base_model": model.base_model,
+        "license": model.license,
+    }
+
+
+def card_subjects():
+    return [card_subject(wildcards) for wildcards in built()]

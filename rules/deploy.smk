@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
+                  held-out tokens      results/calibration/{model}/{calibration}/tokens.safetensors
+                  source               {path of the model}/*.safetensors
+OUTPUTS           what was served      results/{release}/deploy.json: command, answers, and whose tokens they are
+MEANWHILE         decoded weights      results/{release}/served/: gone when the job ends, emptied when it starts
+"""
+
+
+rule deploy:
+    input:
+        packed=packed_files,
+        source=all_shards,
+        tokens=tokens_of,
+        lib=modules("deploy"),
+    output:
+        record="results/{release}/deploy.json",
+    log:
+        job="logs/deploy/{release}.log",
+        engine="logs/deploy/{release}.engine.log",
+    benchmark:
+        "results/benchmarks/deploy/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    threads: 1
+    params:
+        source=source_path_of,
+        settings=deploy_config,
+        target=target_config,
+    script:
+        "../scripts/deploy.py"

@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
+                  held-out tokens      results/calibration/{model}/{calibration}/tokens.safetensors
+                  reference chain      results/reference/{model}/{calibration}/embedded, hidden_{block}.safetensors
+                  source               {path of the model}/*.safetensors
+OUTPUTS           KL, perplexity, ...  results/{release}/evaluate.json
+"""
+
+
+rule evaluate:
+    input:
+        packed=packed_files,
+        tokens=tokens_of,
+        calibration=calibration_record,
+        hidden=reference_chain,
+        source=all_shards,
+        lib=modules("evaluate"),
+    output:
+        record="results/{release}/evaluate.json",
+    log:
+        "logs/evaluate/{release}.log",
+    benchmark:
+        "results/benchmarks/evaluate/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    threads: 1
+    params:
+        source=source_path_of,
+        model=model_of,
+    script:
+        "../scripts/evaluate.py"

@@ -1,0 +1,31 @@
+"""
+REQUIRED INPUTS   packed blocks        results/{release}/blocks/{block}.safetensors, {block}.json
+                  source               {path of the model}/*
+OUTPUTS           the checkpoint       results/{release}/model/*: shards are hard links of the block files
+                  its manifest         results/{release}/pack.json: every file with size and sha256, and the counts
+"""
+
+
+rule pack:
+    input:
+        blocks=block_files,
+        records=block_records,
+        source=all_shards,
+        tokenizer=tokenizer_files,
+        lib=modules("pack"),
+    output:
+        config="results/{release}/model/config.json",
+        index="results/{release}/model/model.safetensors.index.json",
+        record="results/{release}/pack.json",
+    log:
+        "logs/pack/{release}.log",
+    benchmark:
+        "results/benchmarks/pack/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+        model=model_of,
+        scheme=scheme_of_release,
+    script:
+        "../scripts/pack.py"

@@ -1,0 +1,39 @@
+"""
+REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}/tokens.safetensors
+                  reference outputs    results/reference/{model}/{calibration}/hidden_{block}.safetensors
+                  tuning inputs        results/{release}/chain/{block - 1}.safetensors (or the reference chain's)
+                  shards of the block  {path of the model}/*.safetensors
+OUTPUTS           packed tensors       results/{release}/blocks/{block}.safetensors
+                  losses, hits, ...    results/{release}/blocks/{block}.json
+                  output as shipped    results/{release}/chain/{block}.safetensors
+"""
+
+
+rule quantize:
+    input:
+        tokens=tokens_of,
+        hidden=tuning_inputs,
+        targets=reference_after,
+        shards=block_shards,
+        lib=modules("quantize"),
+    output:
+        block="results/{release}/blocks/{block}.safetensors",
+        record="results/{release}/blocks/{block}.json",
+        hidden="results/{release}/chain/{block}.safetensors",
+    log:
+        "logs/quantize/{release}/{block}.log",
+    benchmark:
+        "results/benchmarks/quantize/{release}/{block}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    threads: tuning_threads
+    resources:
+        gpu=tuning_gpus,
+    params:
+        source=source_path_of,
+        model=model_of,
+        scheme=scheme_of_release,
+        tuning=tuning_config,
+        keep=keep_patterns,
+    script:
+        "../scripts/quantize.py"

@@ -1,0 +1,50 @@
+"""
+REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}/tokens.safetensors
+                  shards of the block  {path of the model}/*.safetensors
+OUTPUTS           embeddings           results/reference/{model}/{calibration}/embedded.safetensors
+                  output of a block    results/reference/{model}/{calibration}/hidden_{block}.safetensors
+                  expert hits          results/reference/{model}/{calibration}/routing_{block}.json
+
+The source model's hidden states, block by block. They depend on model and calibration and on no scheme: every
+release of a model shares them.
+"""
+
+
+rule embed:
+    input:
+        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        shards=outer_shards,
+        lib=modules("embed"),
+    output:
+        hidden="results/reference/{model}/{calibration}/embedded.safetensors",
+    log:
+        "logs/embed/{model}/{calibration}.log",
+    benchmark:
+        "results/benchmarks/embed/{model}/{calibration}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+    script:
+        "../scripts/embed.py"
+
+
+rule reference:
+    input:
+        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        hidden=reference_before,
+        shards=block_shards,
+        lib=modules("reference"),
+    output:
+        hidden="results/reference/{model}/{calibration}/hidden_{block}.safetensors",
+        routing="results/reference/{model}/{calibration}/routing_{block}.json",
+    log:
+        "logs/reference/{model}/{calibration}/{block}.log",
+    benchmark:
+        "results/benchmarks/reference/{model}/{calibration}/{block}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+    script:
+        "../scripts/reference.py"

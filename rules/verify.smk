@@ -1,0 +1,26 @@
+"""
+REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
+                  source               {path of the model}/*.safetensors
+OUTPUTS           every tensor's check results/{release}/verify.json
+"""
+
+
+rule verify:
+    input:
+        packed=packed_files,
+        source=all_shards,
+        lib=modules("verify"),
+    output:
+        record="results/{release}/verify.json",
+    log:
+        "logs/verify/{release}.log",
+    benchmark:
+        "results/benchmarks/verify/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+        limits=limits_of,
+        samples=verify_samples,
+    script:
+        "../scripts/verify.py"

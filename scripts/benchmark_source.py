@@ -1,0 +1,23 @@
+"""Scores a source model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.benchmark import run_benchmark
+from requant.checkpoint import Checkpoint
+from requant.config import Benchmark
+from requant.jobs import job
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    run_benchmark(
+        snakemake.wildcards.model,
+        Checkpoint(snakemake.params.source),
+        snakemake.wildcards.benchmark,
+        Benchmark.model_validate(snakemake.params.settings),
+        Path(snakemake.params.tasks) if snakemake.params.tasks else None,
+        snakemake.threads,
+        Path(snakemake.output.record),
+    )

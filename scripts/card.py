@@ -1,0 +1,20 @@
+"""model_card.md: the card of the build."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.jobs import job
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    from requant.card import Figures, load_release, render_card
+    from requant.provenance import Provenance
+    from requant.records import read_json, write_text
+
+    releases = [load_release(Path(), **subject) for subject in snakemake.params.subjects]
+    provenance = [read_json(path, Provenance) for path in snakemake.input.provenance]
+    experts = snakemake.input.experts
+    figures = Figures(snakemake.input.loss, snakemake.input.hidden_states, experts[0] if experts else None)
+    write_text(snakemake.output.card, render_card(releases, provenance, figures))

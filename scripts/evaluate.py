@@ -1,0 +1,27 @@
+"""Measures a release against its source model on held-out tokens."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.evaluate import evaluate
+from requant.jobs import job, progress
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    record = evaluate(
+        Path(snakemake.params.source),
+        Path(snakemake.input.packed[0]).parent / "model",
+        Path(snakemake.input.tokens),
+        Path(snakemake.input.calibration),
+        [Path(path) for path in snakemake.input.hidden],
+        snakemake.wildcards.release,
+        snakemake.params.model,
+        snakemake.threads,
+        Path(snakemake.output.record),
+    )
+    progress(
+        f"{record.release}: KL {record.quantized.kl_divergence:.4g} (plain rounding {record.rounded.kl_divergence:.4g}), "
+        f"perplexity {record.quantized.perplexity:.4g} (source {record.source.perplexity:.4g})"
+    )

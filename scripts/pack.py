@@ -1,0 +1,25 @@
+"""Makes a release's checkpoint directory from its block files."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.jobs import job, progress
+from requant.packing import pack
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    record = pack(
+        Path(snakemake.params.source),
+        snakemake.wildcards.release,
+        snakemake.params.model,
+        snakemake.params.scheme,
+        Path(snakemake.input.blocks[0]).parent,
+        Path(snakemake.output.config).parent,
+        Path(snakemake.output.record),
+    )
+    progress(
+        f"{record.release}: {record.bytes / 1e6:.1f} MB in {record.blocks + 1} shards "
+        f"(source {record.source_bytes / 1e6:.1f} MB), {record.bits_per_quantized_weight:.2f} bits a quantized weight"
+    )

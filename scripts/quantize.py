@@ -1,0 +1,31 @@
+"""Quantizes one block of a release."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.config import Tuning
+from requant.jobs import job
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    from requant.quantize import BlockJob, quantize_block
+
+    quantize_block(
+        BlockJob(
+            source=Path(snakemake.params.source),
+            release=snakemake.wildcards.release,
+            model=snakemake.params.model,
+            block=int(snakemake.wildcards.block),
+            scheme=snakemake.params.scheme,
+            tuning=Tuning.model_validate(snakemake.params.tuning),
+            keep=snakemake.params.keep,
+            tokens=Path(snakemake.input.tokens),
+            hidden=Path(snakemake.input.hidden),
+            targets=Path(snakemake.input.targets),
+        ),
+        Path(snakemake.output.block),
+        Path(snakemake.output.record),
+        Path(snakemake.output.hidden),
+    )

@@ -1,0 +1,23 @@
+"""Runs one block of the source over calibration and held-out tokens."""
+
+from typing import TYPE_CHECKING
+
+from requant.chain import run_reference_block
+from requant.jobs import job, progress
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    record = run_reference_block(
+        snakemake.params.source,
+        snakemake.input.tokens,
+        snakemake.input.hidden,
+        int(snakemake.wildcards.block),
+        snakemake.output.hidden,
+        snakemake.output.routing,
+        snakemake.wildcards.model,
+        snakemake.wildcards.calibration,
+    )
+    unreached = f", experts never reached: {record.never_reached}" if record.never_reached else ""
+    progress(f"{record.model} reference block {record.block + 1}: {record.kind}, {record.tokens} tokens{unreached}")

@@ -1,0 +1,21 @@
+"""README.md and provenance.json of one release."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.jobs import job
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    from requant.card import Figures, load_release, render_release_card
+    from requant.provenance import collect, git_commit
+    from requant.records import write_json, write_text
+
+    facts = load_release(Path(), **snakemake.params.subject)
+    commit = git_commit(snakemake.scriptdir)
+    provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
+    figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name)
+    write_text(snakemake.output.readme, render_release_card(facts, provenance, figures))
+    write_json(snakemake.output.provenance, provenance)

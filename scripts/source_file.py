@@ -1,0 +1,18 @@
+"""Checks one file of a source against its lock."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant.jobs import job, progress
+from requant.locks import check_file, load_lock
+from requant.records import write_json
+
+if TYPE_CHECKING:
+    from snakemake.iocontainers import snakemake
+
+with job(snakemake.log[0]):
+    lock = load_lock(snakemake.input.lock[0]) if snakemake.input.lock else None
+    path = Path(snakemake.input.file)
+    entry = check_file(path.parent, path.name, lock)
+    write_json(snakemake.output.record, entry)
+    progress(f"{path}: {entry.size} bytes, sha256 {entry.sha256[:12]}… {'as locked' if lock else 'taken (no lock)'}")

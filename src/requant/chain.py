@@ -1,0 +1,64 @@
+"""The reference chain: hidden states of the source model between its blocks, computed once for every release.
+
+`embedded` holds the embeddings, hidden_{i} the output of block i; calibration and held-out tokens go side by side.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from requant.architecture import expert_counts
+from requant.checkpoint import Checkpoint
+from requant.jobs import peak_memory_bytes
+from requant.records import RoutingRecord, write_json
+from requant.routing import observe
+from requant.safetensors_io import save
+from requant.streamed import StreamedModel
+
+
+def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """The masks of a token file for `calibration` and `heldout`; None where no token is padding."""
+    masks = {part: tokens[f"{part}_mask"] for part in ("calibration", "heldout")}
+    return {part: None if bool(mask.all()) else mask for part, mask in masks.items()}
+
+
+def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) -> None:
+    """Writes the embeddings of the calibration and held-out tokens, BF16 [n, seqlen, width] each."""
+    model, tokens = StreamedModel(Checkpoint(source)), load_file(tokens_path)
+    save(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
+
+
+def run_reference_block(
+    source: str | Path,
+    tokens_path: str | Path,
+    hidden_path: str | Path,
+    block: int,
+    out_hidden: str | Path,
+    out_routing: str | Path,
+    model_name: str,
+    calibration: str,
+) -> RoutingRecord:
+    """Runs block `block` of the source over both token sets; writes its output and the routing record."""
+    start = time.monotonic()
+    model = StreamedModel(Checkpoint(source))
+    hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
+    module = model.block(block)
+    seen = {part: observe(model, module, hidden[part], masks[part]) for part in ("calibration", "heldout")}
+    save(out_hidden, {part: found.output for part, found in seen.items()})
+    counts = seen["calibration"].tokens_per_expert
+    mask = masks["calibration"]
+    record = RoutingRecord(
+        model=model_name,
+        calibration=calibration,
+        block=block,
+        kind="moe" if block in expert_counts(model.checkpoint.index, model.blocks) else "dense",
+        tokens=hidden["calibration"].shape[:2].numel() if mask is None else int(mask.sum()),
+        tokens_per_expert=counts,
+        never_reached=[expert for expert, count in enumerate(counts) if count == 0],
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    write_json(out_routing, record)
+    return record

@@ -1,0 +1,89 @@
+"""A checkpoint directory as Hugging Face lays it out: config, tokenizer, safetensors shards and their index."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from requant.errors import RequantError
+from requant.safetensors_io import read_header, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Checkpoint:
+    """Reads a checkpoint directory lazily: nothing but config.json is opened before it is asked for."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.config = self._json("config.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RequantError(f"{path}: not there; expected a Hugging Face checkpoint directory") from None
+        except ValueError as error:
+            raise RequantError(f"{path}: no JSON: {error}") from None
+
+    @cached_property
+    def index(self) -> dict[str, str]:
+        """The shard file of each tensor."""
+        return self.stored_index()
+
+    def stored_index(self) -> dict[str, str]:
+        """The shard file of each tensor, by the names in the files."""
+        if (self.directory / INDEX).exists():
+            weight_map = self._json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise RequantError(
+                    f"{self.directory / INDEX}: `weight_map`: found {weight_map!r}; expected tensor: shard"
+                )
+            return weight_map
+        shards = sorted(self.directory.glob("*.safetensors"))
+        if len(shards) != 1:
+            raise RequantError(
+                f"{self.directory}: {len(shards)} safetensors files and no {INDEX}; expected an index, or one file"
+            )
+        return dict.fromkeys(read_header(shards[0]), shards[0].name)
+
+    @property
+    def shards(self) -> list[str]:
+        """File names of the shards, sorted. RequantError if one is a path and not a name in the directory."""
+        names = sorted(set(self.index.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise RequantError(f"{self.directory / INDEX}: shard {name!r}; expected a file name without a path")
+        return names
+
+    @property
+    def carried_files(self) -> list[str]:
+        """Tokenizer and generation files that a release takes along unchanged."""
+        return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
+
+    def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
+        """The tensors `names` as they are stored."""
+        return read_tensors(self.directory, self.index, names)
+
+    def tokenizer(self, trust_remote_code: bool = False):
+        """The checkpoint's tokenizer. RequantError if its files are missing."""
+        from transformers import AutoTokenizer
+
+        if not any((self.directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
+        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=trust_remote_code)

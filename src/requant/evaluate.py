@@ -1,0 +1,164 @@
+"""Evaluation: KL divergence, top-1 agreement and perplexity on held-out tokens, through chains of blocks.
+
+Three models see the same tokens: the source (its hidden states are those of the reference chain), the release as
+shipped (weights decoded from the packed files, activations rounded where the scheme does), and plain rounding of
+the source, iteration 0, which shows what tuning bought. Memory stays one block and a batch of logits.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from requant.chain import load_masks
+from requant.checkpoint import Checkpoint
+from requant.encoding import plain_rounding
+from requant.jobs import peak_memory_bytes, progress
+from requant.packed import PackedCheckpoint, input_rounder
+from requant.quantize import mean_squared_error
+from requant.records import CalibrationRecord, EvaluateRecord, ModelQuality, read_json, write_json
+from requant.routing import observe
+from requant.streamed import StreamedModel
+
+
+@dataclass
+class Tally:
+    """Running sums over predicted tokens of one model, float64."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    kl: float = 0.0
+    kl_squared: float = 0.0
+    agreeing: int = 0
+
+    def add(self, logits: torch.Tensor, source: torch.Tensor, labels: torch.Tensor) -> None:
+        """logits, source: float32 [tokens, vocabulary]; labels: [tokens], the tokens that came next."""
+        ours, theirs = logits.double().log_softmax(-1), source.double().log_softmax(-1)
+        kl = (theirs.exp() * (theirs - ours)).sum(-1)
+        self.tokens += len(labels)
+        self.loss -= float(ours.gather(-1, labels[:, None]).sum())
+        self.kl += float(kl.sum())
+        self.kl_squared += float(kl.square().sum())
+        self.agreeing += int((logits.argmax(-1) == source.argmax(-1)).sum())
+
+    def quality(self) -> ModelQuality:
+        mean = self.kl / self.tokens
+        variance = max(self.kl_squared / self.tokens - mean**2, 0.0)
+        return ModelQuality(
+            perplexity=math.exp(self.loss / self.tokens),
+            kl_divergence=max(mean, 0.0),
+            kl_divergence_stderr=math.sqrt(variance / self.tokens),
+            top1_agreement=self.agreeing / self.tokens,
+        )
+
+
+@dataclass
+class Chain:
+    """Hidden states of one of the models on their way through the blocks."""
+
+    hidden: torch.Tensor
+    errors: list[float] = field(default_factory=list)
+
+    def advance(self, model: StreamedModel, block: nn.Module, target: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Runs `block` and notes the mean squared error against the reference chain."""
+        self.hidden = observe(model, block, self.hidden, mask).output
+        self.errors.append(mean_squared_error(self.hidden, target, mask))
+
+
+def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) -> nn.Module:
+    """Block `index` of the source with the release's quantized Linears rounded plainly: what iteration 0 would ship.
+
+    Tensor scales and static input scales are the release's; they do not depend on tuning.
+    """
+    prefix = f"model.layers.{index}."
+    block = model.block(index)
+    for weight in packed.quantized:
+        if weight.startswith(prefix):
+            linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
+            parts = packed.parts(weight)
+            rounded = plain_rounding(linear.weight, parts.get("weight_global_scale"), packed.scheme)
+            linear.weight = nn.Parameter(rounded.weight, requires_grad=False)
+            if packed.scheme.quantizes_activations:
+                linear.register_forward_pre_hook(input_rounder(parts["input_global_scale"]))
+    return block
+
+
+def evaluate(
+    source: Path,
+    packed_dir: Path,
+    tokens_path: Path,
+    calibration_record: Path,
+    hidden: list[Path],
+    release: str,
+    model_name: str,
+    threads: int,
+    out_record: Path,
+) -> EvaluateRecord:
+    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ...."""
+    start = time.monotonic()
+    torch.set_num_threads(threads)
+    original, packed = StreamedModel(Checkpoint(source)), PackedCheckpoint(packed_dir)
+    shipped = StreamedModel(packed)
+    tokens_file = load_file(tokens_path)
+    tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
+    reference = load_file(hidden[0])["heldout"]
+    chains = {"rounded": Chain(reference), "quantized": Chain(reference)}
+    for index in range(original.blocks):
+        reference = load_file(hidden[index + 1])["heldout"]
+        chains["quantized"].advance(original, shipped.block(index, quantize_activations=True), reference, mask)
+        chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
+        progress(
+            f"{release}: block {index + 1} of {original.blocks} evaluated, hidden-state MSE "
+            f"{chains['rounded'].errors[-1]:.3e} rounded, {chains['quantized'].errors[-1]:.3e} tuned"
+        )
+    tallies = tally(original, reference, {name: chain.hidden for name, chain in chains.items()}, tokens, mask)
+    quantizes = packed.scheme.quantizes_activations
+    record = EvaluateRecord(
+        release=release,
+        model=model_name,
+        tokens=tallies["source"].tokens,
+        samples=len(tokens),
+        seqlen=tokens.shape[1],
+        heldout_sha256=read_json(calibration_record, CalibrationRecord).heldout_set.sha256,
+        activations=f"rounded to {packed.scheme.name}, static tensor scale, dynamic group scales"
+        if quantizes
+        else "BF16",
+        **{name: found.quality() for name, found in tallies.items()},
+        block_mse=[
+            {"rounded": rounded, "quantized": quantized}
+            for rounded, quantized in zip(chains["rounded"].errors, chains["quantized"].errors, strict=True)
+        ],
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    write_json(out_record, record)
+    return record
+
+
+def tally(
+    model: StreamedModel,
+    reference: torch.Tensor,
+    others: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> dict[str, Tally]:
+    """Sums over all predicted tokens: `reference` and `others` are last hidden states [n, T, width].
+
+    Norm and head of a release are the source's, so one head serves all; logits exist for one sample at a time.
+    """
+    head = model.head()
+    tallies = {name: Tally() for name in ("source", *others)}
+    for row in range(len(tokens)):
+        length = tokens.shape[1] if mask is None else int(mask[row].sum())
+        labels = tokens[row, 1:length].long()
+        if not len(labels):
+            continue
+        source = head(reference[row, : length - 1])
+        tallies["source"].add(source, source, labels)
+        for name, hidden in others.items():
+            tallies[name].add(head(hidden[row, : length - 1]), source, labels)
+    return tallies

@@ -1,0 +1,40 @@
+"""W<bits>A16: symmetric integers in groups, packed as compressed-tensors `pack-quantized` does.
+
+A weight is `code * scale` with a code from -2^(bits-1) to 2^(bits-1)-1; scales may be negative (the range is not
+symmetric, so the sign is chosen that spends the extra step on the larger tail). The codes, offset to unsigned,
+are one little-endian bit stream a row, in int32 words.
+"""
+
+import torch
+
+
+def group_scales(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    """weight [out, in] -> BF16 [out, in / group]: plain rounding's scales, the larger tail on the longer side."""
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1).clamp(max=0).neg(), groups.amax(-1).clamp(min=0)
+    peak = torch.where(high < low, low, -high)
+    scale = (peak / 2 ** (bits - 1)).to(torch.bfloat16)
+    smallest = torch.tensor(1e-5, dtype=torch.bfloat16)
+    return torch.where(scale < 0, scale.clamp(max=-smallest), scale.clamp(min=smallest))
+
+
+def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """weight [out, in], scales [out, in / group] -> int8 codes [out, in]: nearest, ties to even."""
+    step = scales.float().repeat_interleave(weight.shape[-1] // scales.shape[-1], dim=-1)
+    limit = 2 ** (bits - 1)
+    return torch.round(weight.float() / step).clamp(-limit, limit - 1).to(torch.int8)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [out, in] -> int32 [out, ceil(bits * in / 32)]."""
+    unsigned = codes.to(torch.int32) + 2 ** (bits - 1)
+    stream = (unsigned[..., None] >> torch.arange(bits, dtype=torch.int32)) & 1
+    stream = stream.flatten(1)
+    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32)).unflatten(1, (-1, 32))
+    words = (stream.to(torch.int64) << torch.arange(32)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """float32 [out, in]: what codes [out, in] with their scales [out, in / group] stand for."""
+    return codes.float() * scales.float().repeat_interleave(codes.shape[-1] // scales.shape[-1], dim=-1)

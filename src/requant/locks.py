@@ -1,0 +1,160 @@
+"""Locks: what a model is, pinned. Made from a directory by reading headers and hashing; checked shard by shard."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from requant.architecture import block_count, block_of, expert_counts, family
+from requant.checkpoint import INDEX, Checkpoint
+from requant.errors import RequantError
+from requant.records import FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
+from requant.safetensors_io import file_entry, read_header
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+
+
+@cache
+def tensors_of(directory: str) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint in `directory`, from the headers of its shards.
+
+    Raises RequantError if a shard is missing or cut short, or if index and headers disagree.
+    """
+    checkpoint = Checkpoint(directory)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in checkpoint.shards:
+        path = checkpoint.directory / shard
+        if not path.exists():
+            raise RequantError(f"{path}: not there; {INDEX} names it")
+        tensors |= read_header(path)
+    for name, shard in checkpoint.index.items():
+        if name not in tensors or tensors[name].shard != shard:
+            found = tensors[name].shard if name in tensors else "no shard"
+            raise RequantError(f"{checkpoint.directory}: {name}: found in {found}; {INDEX} says {shard}")
+    if extra := sorted(tensors.keys() - checkpoint.index.keys()):
+        raise RequantError(f"{checkpoint.directory}: {extra[0]} is in a shard; {INDEX} does not name it")
+    return tensors
+
+
+def make_lock(model: str, directory: str | Path) -> Lock:
+    """The lock of the checkpoint in `directory`: every file hashed, every tensor located."""
+    checkpoint = Checkpoint(directory)
+    names = ["config.json", *checkpoint.carried_files, *checkpoint.shards]
+    if (checkpoint.directory / INDEX).exists():
+        names.append(INDEX)
+    files = {name: file_entry(checkpoint.directory / name) for name in sorted(names)}
+    return Lock(
+        model=model,
+        revision=revision_of(files),
+        files=files,
+        tensors=tensors_of(str(directory)),
+        config=checkpoint.config,
+    )
+
+
+def revision_of(files: dict[str, FileEntry]) -> str:
+    """A name for exactly these files: sha256 over their names and hashes."""
+    lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(files.items()))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_file(directory: str | Path, name: str, lock: Lock | None) -> FileEntry:
+    """Hashes one file of a checkpoint and compares it, and its tensors if it is a shard, with the lock.
+
+    Raises RequantError naming the file, what was found and what the lock expects. Without a lock the hash is only
+    taken, and a shard's header checked for itself.
+    """
+    path = Path(directory) / name
+    if not path.exists():
+        raise RequantError(f"{path}: not there; expected by {'the lock' if lock else INDEX}")
+    found = file_entry(path)
+    if lock is None:
+        if name.endswith(".safetensors"):
+            read_header(path)
+        return found
+    if name not in lock.files:
+        raise RequantError(f"{path}: not in the lock of {lock.model}; make the lock anew if the source has changed")
+    wanted = lock.files[name]
+    if found.size != wanted.size:
+        raise RequantError(f"{path}: {found.size} bytes found; the lock of {lock.model} expects {wanted.size}")
+    if found.sha256 != wanted.sha256:
+        raise RequantError(f"{path}: sha256 {found.sha256} found; the lock of {lock.model} expects {wanted.sha256}")
+    if name.endswith(".safetensors"):
+        tensors = read_header(path)
+        expected = {tensor: entry for tensor, entry in lock.tensors.items() if entry.shard == name}
+        if tensors != expected:
+            differing = next(key for key in sorted(tensors | expected) if tensors.get(key) != expected.get(key))
+            raise RequantError(
+                f"{path}: {differing}: {tensors.get(differing)} found; the lock expects {expected.get(differing)}"
+            )
+    return found
+
+
+def source_record(
+    model: str, directory: str | Path, lock: Lock | None, files: dict[str, FileEntry], seconds: float
+) -> SourceRecord:
+    """Describes a checked source; parameters and experts are counted from its tensors.
+
+    Raises RequantError for an unknown family, FP8 weights, or blocks that config.json counts but no tensor has.
+    """
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.config
+    tensors = lock.tensors if lock else tensors_of(str(directory))
+    family(config)
+    if float8 := [name for name, entry in tensors.items() if entry.dtype in FLOAT8]:
+        raise RequantError(f"{directory}: {float8[0]} is stored in FP8; expected a BF16, F16 or F32 checkpoint")
+    blocks = block_count(config)
+    held = {block_of(name, blocks) for name in tensors} - {None}
+    if missing := sorted(set(range(blocks)) - held):
+        raise RequantError(f"{directory}: block {missing[0]} has no tensors; config.json counts {blocks} blocks")
+    experts = expert_counts(list(tensors), blocks)
+    if len(set(experts.values())) > 1:
+        raise RequantError(f"{directory}: MoE blocks with {sorted(set(experts.values()))} experts; expected one number")
+    dtypes: dict[str, int] = {}
+    for entry in tensors.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + elements(entry)
+    return SourceRecord(
+        model=model,
+        path=str(directory),
+        revision=lock.revision if lock else revision_of(files),
+        files=files,
+        parameters=sum(dtypes.values()),
+        tensors=len(tensors),
+        blocks=blocks,
+        architecture=(config.get("architectures") or [config["model_type"]])[0],
+        dtypes=dtypes,
+        routed_experts=next(iter(experts.values()), 0),
+        shared_experts=shared_experts(config, list(tensors)),
+        experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
+        moe_blocks=len(experts),
+        dense_blocks=blocks - len(experts),
+        seconds=seconds,
+    )
+
+
+def elements(entry: TensorEntry) -> int:
+    """Number of elements of a tensor."""
+    count = 1
+    for extent in entry.shape:
+        count *= extent
+    return count
+
+
+def shared_experts(config: dict, tensors: list[str]) -> int:
+    """Shared experts of a MoE block: as many as its shared tensors' config says, 0 if there are no such tensors."""
+    return config.get("n_shared_experts", 1) if any(".shared_experts." in name for name in tensors) else 0
+
+
+def load_lock(path: str | Path) -> Lock:
+    """The lock in `path`. RequantError if it is missing or of another shape."""
+    return read_json(path, Lock)
+
+
+def write_lock(model: str, directory: str | Path, path: str | Path) -> None:
+    """Makes the lock of `directory` and writes it to `path`."""
+    write_json(path, make_lock(model, directory))
+
+
+def lock_revision(path: str | Path) -> str:
+    """The revision that a lock file pins, without validating the rest."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))["revision"]

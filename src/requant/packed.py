@@ -1,0 +1,141 @@
+"""A packed release, read back: under the source's tensor names, weights decoded to BF16."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from requant import decode, nvfp4
+from requant.checkpoint import Checkpoint
+from requant.errors import RequantError
+from requant.schemes import SCHEMES, Scheme
+
+PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "weight_shape")
+
+
+def scheme_of(config: dict, where: str) -> Scheme:
+    """The scheme that the `quantization_config` of a config.json describes. RequantError if it is none of ours."""
+    quantization = config.get("quantization_config") or {}
+    try:
+        weights = quantization["config_groups"]["group_0"]["weights"]
+        wanted = (quantization["format"], weights["num_bits"], weights["group_size"])
+    except (KeyError, TypeError):
+        raise RequantError(f"{where}: quantization_config: none found; expected one with config_groups") from None
+    for scheme in SCHEMES.values():
+        if (scheme.format, scheme.weight_bits, scheme.group_size) == wanted:
+            return scheme
+    raise RequantError(f"{where}: quantization_config: {wanted}; expected one of {', '.join(SCHEMES)}")
+
+
+class PackedCheckpoint(Checkpoint):
+    """Looks like the source checkpoint: the same tensor names, quantized weights as the BF16 values they stand for."""
+
+    def __init__(self, directory: str | Path):
+        super().__init__(directory)
+        self.scheme = scheme_of(self.config, str(self.directory / "config.json"))
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """The shard of each tensor as it is stored, packed names."""
+        return self.stored_index()
+
+    @cached_property
+    def quantized(self) -> list[str]:
+        """Source names of the quantized weights, sorted."""
+        packed = (name for name in self.stored if name.endswith(".weight_packed"))
+        return sorted(name.removesuffix("_packed") for name in packed)
+
+    @cached_property
+    def index(self) -> dict[str, str]:
+        """The shard of each tensor by its source name."""
+        plain = {name: shard for name, shard in self.stored.items() if name.rpartition(".")[2] not in PARTS}
+        return plain | {name: self.stored[f"{name}_packed"] for name in self.quantized}
+
+    @property
+    def shards(self) -> list[str]:
+        return sorted(set(self.stored.values()))
+
+    def parts(self, weight: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a quantized weight, by the last part of their names."""
+        from requant.safetensors_io import read_tensors
+
+        module = weight.removesuffix(".weight")
+        names = [f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self.stored]
+        tensors = read_tensors(self.directory, self.stored, names)
+        return {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+
+    def decoded(self, weight: str) -> np.ndarray:
+        """float32 [out, in]: a quantized weight, decoded. RequantError naming it if its parts don't fit."""
+        try:
+            return decode_parts(self.parts(weight), self.scheme)
+        except RequantError as error:
+            raise RequantError(f"{self.directory}: {weight}: {error}") from None
+
+    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """The tensors `names` (source names): quantized ones decoded to BF16, the others as stored."""
+        from requant.safetensors_io import read_tensors
+
+        quantized = set(self.quantized)
+        plain = [name for name in names if name not in quantized]
+        tensors = read_tensors(self.directory, self.stored, plain)
+        for name in names:
+            if name in quantized:
+                tensors[name] = torch.from_numpy(self.decoded(name)).to(torch.bfloat16)
+        return tensors
+
+    def round_activations(self, block: nn.Module, prefix: str) -> None:
+        """Makes the quantized Linears of `block` (tensors under `prefix`) round their inputs as the scheme says."""
+        if not self.scheme.quantizes_activations:
+            return
+        for weight in self.quantized:
+            if weight.startswith(prefix):
+                linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
+                scale = self.parts(weight)["input_global_scale"]
+                linear.register_forward_pre_hook(input_rounder(scale))
+
+
+def input_rounder(scale: torch.Tensor):
+    """A forward pre-hook that rounds a Linear's input to NVFP4 with the static tensor scale `scale`."""
+    return lambda module, inputs: (nvfp4.round_activations(inputs[0], scale), *inputs[1:])
+
+
+def decode_parts(parts: dict[str, torch.Tensor], scheme: Scheme) -> np.ndarray:
+    """float32 [out, in] from the stored tensors of one weight."""
+    wanted = ("weight_packed", "weight_scale", "weight_global_scale" if scheme.is_nvfp4 else "weight_shape")
+    if missing := [part for part in wanted if part not in parts]:
+        raise RequantError(f"{missing[0]} is missing; expected {', '.join(wanted)}")
+    packed = parts["weight_packed"].numpy()
+    if scheme.is_nvfp4:
+        scales = parts["weight_scale"].view(torch.uint8).numpy()
+        return decode.nvfp4(packed, scales, float(parts["weight_global_scale"]))
+    rows, columns = parts["weight_shape"].tolist()
+    return decode.integers(packed, parts["weight_scale"].float().numpy(), scheme.weight_bits, (rows, columns))
+
+
+def write_decoded(packed_dir: str | Path, out_dir: str | Path) -> None:
+    """Writes the release in `packed_dir` as a plain BF16 checkpoint that any loader reads, one shard for one.
+
+    Tensors that were never quantized are copied as they are; config.json loses its quantization_config.
+    """
+    import json
+    import shutil
+
+    from requant.checkpoint import INDEX
+    from requant.records import write_text
+    from requant.safetensors_io import save
+
+    packed, out = PackedCheckpoint(packed_dir), Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = 0
+    for shard in packed.shards:
+        tensors = packed.read(sorted(name for name, file in packed.index.items() if file == shard))
+        sizes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save(out / shard, tensors)
+    config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
+    write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(packed.index.items()))}
+    write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
+    for name in packed.carried_files:
+        shutil.copyfile(packed.directory / name, out / name)

@@ -1,0 +1,147 @@
+"""Packing: block files become the shards of a Hugging Face checkpoint, by hard links, with index and config.
+
+Shard i is block i's file; the last shard holds what belongs to no block (embeddings, final norm, head,
+multi-token prediction), as in the source.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from requant.architecture import EXPERT_TENSOR, block_of, expert_counts
+from requant.checkpoint import INDEX, Checkpoint
+from requant.encoding import quantization_config
+from requant.errors import RequantError
+from requant.locks import elements, shared_experts, tensors_of
+from requant.records import BlockRecord, PackRecord, TensorEntry, read_json, write_json, write_text
+from requant.safetensors_io import DTYPE_BYTES, file_entry, read_header, save
+from requant.schemes import SCHEMES
+
+
+def shard_name(number: int, blocks: int) -> str:
+    """File name of shard `number` (from 1) of a model of `blocks` blocks."""
+    return f"model-{number:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Gives `source` the second name `target` in one step; copies where the file system has no hard links.
+
+    Returns whether the bytes are shared.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    linked = True
+    try:
+        os.link(source, partial)
+    except OSError:
+        linked = False
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+    with contextlib.suppress(FileNotFoundError):  # rename does nothing where both names are one file already
+        partial.unlink()
+    return linked
+
+
+def pack(
+    source: Path, release: str, model: str, scheme_name: str, blocks_dir: Path, out: Path, out_record: Path
+) -> PackRecord:
+    """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors."""
+    start = time.monotonic()
+    checkpoint, scheme = Checkpoint(source), SCHEMES[scheme_name]
+    blocks = checkpoint.config["num_hidden_layers"]
+    out.mkdir(parents=True, exist_ok=True)
+    records = [read_json(blocks_dir / f"{block}.json", BlockRecord) for block in range(blocks)]
+    linked = [
+        link_or_copy(blocks_dir / f"{block}.safetensors", out / shard_name(block + 1, blocks))
+        for block in range(blocks)
+    ]
+    rest = sorted(name for name in checkpoint.index if block_of(name, blocks) is None)
+    save(out / shard_name(blocks + 1, blocks), checkpoint.read(rest))
+
+    stored: dict[str, TensorEntry] = {}
+    for number in range(1, blocks + 2):
+        stored |= read_header(out / shard_name(number, blocks))
+    quantized = {name for record in records for name in record.quantized}
+    sizes = sum(_bytes(entry) for entry in stored.values())
+    index = {"metadata": {"total_size": sizes}, "weight_map": {name: stored[name].shard for name in sorted(stored)}}
+    write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
+    kept = sorted({"lm_head"} | {name for record in records for name in record.kept} | routers(checkpoint.index))
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config["quantization_config"] = quantization_config(scheme, kept)
+    write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in checkpoint.carried_files:
+        copy_whole(checkpoint.directory / name, out / name)
+
+    tensors = tensors_of(str(source))
+    record = _count(release, model, scheme.name, checkpoint, tensors, stored, quantized)
+    names = ["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))]
+    record = PackRecord(
+        **record,
+        files={name: file_entry(out / name) for name in sorted(names)},
+        bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
+        source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
+        hard_linked=all(linked),
+        seconds=time.monotonic() - start,
+    )
+    write_json(out_record, record)
+    return record
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copies a small file whole: a release must not share its tokenizer's bytes with the user's source."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def routers(names: dict | list) -> set[str]:
+    """Modules that choose experts: no Linears in transformers, but in other engines, so `ignore` has to name them."""
+    return {name.removesuffix(".weight") for name in names if name.endswith(".mlp.gate.weight")}
+
+
+def _bytes(entry: TensorEntry) -> int:
+    return elements(entry) * DTYPE_BYTES[entry.dtype]
+
+
+def _count(
+    release: str,
+    model: str,
+    scheme: str,
+    checkpoint: Checkpoint,
+    source: dict[str, TensorEntry],
+    stored: dict[str, TensorEntry],
+    quantized: set[str],
+) -> dict:
+    """The figures of a PackRecord that are counted from tensors."""
+    config = checkpoint.config
+    blocks = config["num_hidden_layers"]
+    if missing := sorted(quantized - source.keys()):
+        raise RequantError(f"{release}: {missing[0]} is quantized; the source has no such tensor")
+    experts = expert_counts(list(source), blocks)
+    packed = [name for name in stored if f"{name.rpartition('.')[0]}.weight" in quantized]
+    quantized_parameters = sum(elements(source[name]) for name in quantized)
+    per_token = config.get("num_experts_per_tok", 0) if experts else 0
+    in_experts: dict[int, int] = {}
+    for name, entry in source.items():
+        if EXPERT_TENSOR.fullmatch(name) and (block := block_of(name, blocks)) is not None:
+            in_experts[block] = in_experts.get(block, 0) + elements(entry)
+    idle = sum(count * (experts[block] - per_token) // experts[block] for block, count in in_experts.items())
+    parameters = sum(elements(entry) for entry in source.values())
+    return {
+        "release": release,
+        "model": model,
+        "scheme": scheme,
+        "parameters": parameters,
+        "quantized_parameters": quantized_parameters,
+        "bits_per_quantized_weight": 8 * sum(_bytes(stored[name]) for name in packed) / max(quantized_parameters, 1),
+        "blocks": blocks,
+        "dense_blocks": blocks - len(experts),
+        "moe_blocks": len(experts),
+        "routed_experts": next(iter(experts.values()), 0),
+        "shared_experts": shared_experts(config, list(source)),
+        "experts_per_token": per_token,
+        "activated_parameters": parameters - idle,
+    }

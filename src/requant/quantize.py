@@ -1,0 +1,252 @@
+"""One block of a release: tuned, encoded, checked for shared scales, and run on to feed the next block."""
+
+import hashlib
+import re
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from requant import autoround, nvfp4
+from requant.architecture import ALWAYS_KEPT, expert_counts, fused_groups
+from requant.blocks import empty_block, fill
+from requant.chain import load_masks
+from requant.checkpoint import Checkpoint
+from requant.config import Tuning
+from requant.encoding import QuantizedWeight, encode, plain_rounding
+from requant.errors import RequantError
+from requant.jobs import peak_memory_bytes, progress
+from requant.packed import decode_parts, input_rounder
+from requant.records import BlockRecord, write_json
+from requant.routing import observe
+from requant.safetensors_io import save
+from requant.schemes import SCHEMES, Scheme
+from requant.streamed import StreamedModel
+
+# Libraries that a block's bytes can depend on.
+LIBRARIES = ("auto-round", "numpy", "safetensors", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class BlockJob:
+    """What one block's result depends on. hidden: the inputs it is tuned on; targets: the reference chain's output."""
+
+    source: Path
+    release: str
+    model: str
+    block: int
+    scheme: str
+    tuning: Tuning
+    keep: list[str]
+    tokens: Path
+    hidden: Path
+    targets: Path
+
+
+def block_seed(seed: int, release: str, block: int) -> int:
+    """The seed of a block: from the release's seed and name and the block's number, 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{release}/{block}".encode()).digest()[:4], "big")
+
+
+def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(Linears of `block` to quantize, Linears left in BF16 with the reason each), names as in the checkpoint.
+
+    `prefix` is put before names in the block. A Linear is kept if it is a router, if a pattern of `keep` is found in
+    its name, or if its width is no multiple of the scheme's group.
+    """
+    chosen, kept = [], {}
+    for name, module in block.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        always = [reason for pattern, reason in ALWAYS_KEPT.items() if re.search(pattern, prefix + name)]
+        asked = [pattern for pattern in keep if re.search(pattern, prefix + name)]
+        if always:
+            kept[prefix + name] = always[0]
+        elif asked:
+            kept[prefix + name] = f"config: keep {asked[0]}"
+        elif module.in_features % scheme.group_size:
+            kept[prefix + name] = f"width {module.in_features} is no multiple of the group of {scheme.group_size}"
+        else:
+            chosen.append(prefix + name)
+    return sorted(chosen), kept
+
+
+def share_global_scales(block: nn.Module, prefix: str, linears: list[str]) -> dict[str, torch.Tensor]:
+    """The tensor scale of each weight (NVFP4): 2688 over its largest magnitude, the smallest of its fused group."""
+    weights = {name: block.get_submodule(name.removeprefix(prefix)).weight for name in linears}
+    scales = {name: nvfp4.global_scale(weight.abs().amax()) for name, weight in weights.items()}
+    for group in fused_groups(linears):
+        scales |= dict.fromkeys(group, torch.stack([scales[name] for name in group]).amin(0))
+    return scales
+
+
+def input_peaks(linears: list[str], prefix: str, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The largest input of each Linear; one that no token reached gets the largest of its peers, the experts."""
+    peaks = {name: seen[name.removeprefix(prefix)] for name in linears if name.removeprefix(prefix) in seen}
+    for name in linears:
+        if name not in peaks:
+            leaf = name.rpartition(".")[2]
+            peers = [peak for peer, peak in peaks.items() if ".experts." in peer and peer.rpartition(".")[2] == leaf]
+            if not peers:
+                raise RequantError(
+                    f"{name}: no calibration token reached it or any of its peers; calibrate on more text"
+                )
+            peaks[name] = torch.stack(peers).amax(0)
+    return peaks
+
+
+def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path) -> BlockRecord:
+    """Quantizes one block and writes its packed tensors, its record and the inputs of the next block.
+
+    `out_hidden` gets BF16 `calibration` [n, seqlen, width]: what the block gives as shipped, decoded from the packed
+    tensors, activations rounded as the scheme says.
+    """
+    start = time.monotonic()
+    torch.set_num_threads(job.tuning.threads)
+    scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
+    model = StreamedModel(Checkpoint(job.source))
+    hidden = load_file(job.hidden)["calibration"]
+    targets = load_file(job.targets)["calibration"]
+    mask = load_masks(load_file(job.tokens))["calibration"]
+    block = model.block(job.block)
+    source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+    linears, kept = choose_linears(block, prefix, scheme, job.keep)
+    seen = observe(model, block, hidden, mask)
+    tensor_scales = share_global_scales(block, prefix, linears) if scheme.is_nvfp4 else {}
+    peaks = input_peaks(linears, prefix, seen.input_amax) if scheme.quantizes_activations else {}
+    seed = block_seed(job.tuning.seed, job.release, job.block)
+
+    progress(
+        f"{job.release} block {job.block + 1} of {model.blocks}: {len(linears)} Linears, {job.tuning.iters} iterations"
+    )
+    if job.tuning.iters:
+        for name in linears:
+            module = block.get_submodule(name.removeprefix(prefix))
+            if name in tensor_scales:
+                module.weight_global_scale = tensor_scales[name]
+            if name in peaks:
+                module.act_max = peaks[name]
+        tuned = autoround.tune(
+            block,
+            model.config,
+            str(job.source),
+            [name.removeprefix(prefix) for name in linears],
+            hidden,
+            targets,
+            mask,
+            model.positions(hidden.shape[1]),
+            scheme,
+            job.tuning,
+            seed,
+            _reporter(job, model.blocks),
+        )
+        weights = {prefix + name: weight for name, weight in tuned.weights.items()}
+        losses = tuned.losses
+    else:
+        weights = {name: plain_rounding(source[f"{name}.weight"], tensor_scales.get(name), scheme) for name in linears}
+        losses = []
+
+    tensors = packed_tensors(source, weights, peaks, scheme)
+    save(out_block, tensors)
+    shipped = shipped_block(model, job.block, tensors, linears, scheme)
+    output = observe(model, shipped, hidden, mask).output
+    if not losses:
+        losses = [mean_squared_error(output, targets, mask)]
+    save(out_hidden, {"calibration": output})
+    best = min(range(len(losses)), key=losses.__getitem__) if job.tuning.best_mse else len(losses) - 1
+    record = BlockRecord(
+        release=job.release,
+        block=job.block,
+        kind="moe" if job.block in expert_counts(model.checkpoint.index, model.blocks) else "dense",
+        scheme=scheme.name,
+        engine=job.tuning.engine if job.tuning.iters else "plain rounding",
+        engine_version=autoround.engine_version(),
+        libraries={name: version(name) for name in LIBRARIES},
+        settings=autoround.settings(scheme, job.tuning) | {"seed": job.tuning.seed},
+        seed=seed,
+        loss_initial=losses[0],
+        loss_best=losses[best],
+        best_iteration=best,
+        iterations=job.tuning.iters,
+        losses=losses,
+        quantized={f"{name}.weight": list(source[f"{name}.weight"].shape) for name in linears},
+        kept=kept,
+        shared_global_scale=fused_groups([f"{name}.weight" for name in linears]) if scheme.is_nvfp4 else [],
+        tokens_per_expert=seen.tokens_per_expert,
+        never_reached=[expert for expert, count in enumerate(seen.tokens_per_expert) if count == 0],
+        tokens=hidden.shape[:2].numel() if mask is None else int(mask.sum()),
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+        threads=job.tuning.threads,
+        device=job.tuning.device,
+    )
+    write_json(out_record, record)
+    progress(
+        f"{job.release} block {job.block + 1} of {model.blocks}: loss {losses[0]:.3e} -> {losses[best]:.3e} "
+        f"at iteration {best}, {record.seconds:.0f} s"
+    )
+    return record
+
+
+def packed_tensors(
+    source: dict[str, torch.Tensor],
+    weights: dict[str, QuantizedWeight],
+    peaks: dict[str, torch.Tensor],
+    scheme: Scheme,
+) -> dict[str, torch.Tensor]:
+    """All tensors of a packed block: quantized Linears in their parts, everything else as in `source`."""
+    tensors = {name: tensor for name, tensor in source.items() if name.removesuffix(".weight") not in weights}
+    for name, quantized in weights.items():
+        input_scale = nvfp4.global_scale(peaks[name]) if name in peaks else None
+        tensors |= encode(name, quantized, input_scale, scheme)
+    return tensors
+
+
+def shipped_block(
+    model: StreamedModel, block: int, tensors: dict[str, torch.Tensor], linears: list[str], scheme: Scheme
+) -> nn.Module:
+    """The block as a reader of its packed tensors gets it: weights decoded, inputs rounded as the scheme says."""
+    prefix = f"model.layers.{block}."
+    packed = {name for linear in linears for name in tensors if name.startswith(f"{linear}.")}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for name in linears:
+        parts = {part.removeprefix(f"{name}."): tensors[part] for part in packed if part.startswith(f"{name}.")}
+        plain[f"{name}.weight"] = torch.from_numpy(decode_parts(parts, scheme)).to(torch.bfloat16)
+    module = fill(
+        empty_block(type(model.empty.model.layers[block]), model.config, block),
+        {name.removeprefix(prefix): tensor for name, tensor in plain.items()},
+        f"block {block}",
+    )
+    if scheme.quantizes_activations:
+        for name in linears:
+            linear = module.get_submodule(name.removeprefix(prefix))
+            linear.register_forward_pre_hook(input_rounder(tensors[f"{name}.input_global_scale"]))
+    return module
+
+
+def mean_squared_error(output: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> float:
+    """Mean squared difference of two [n, T, width] tensors over the tokens of `mask`."""
+    error = (output.float() - targets.float()).square().mean(-1)
+    return float(error.double().mean() if mask is None else (error * mask).double().sum() / mask.sum())
+
+
+def _reporter(job: BlockJob, blocks: int):
+    start = time.monotonic()
+    last = [start]
+
+    def report(iteration: int, loss: float) -> None:
+        now = time.monotonic()
+        if iteration == 0 or now - last[0] >= 10:
+            last[0] = now
+            done = iteration + 1
+            left = (now - start) / done * (job.tuning.iters - done)
+            progress(
+                f"{job.release} block {job.block + 1} of {blocks}: iteration {done} of {job.tuning.iters}, "
+                f"loss {loss:.3e}, {left:.0f} s left in this block"
+            )
+
+    return report

@@ -1,0 +1,309 @@
+"""The JSON files that stages write and the card reads: one closed schema each.
+
+A number on the card is a field of one of these records, written by the job that measured it.
+Units stand in the field names or descriptions; tensors are named as in the checkpoint.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from requant.errors import RequantError
+
+
+class Record(BaseModel):
+    """A JSON file or a part of one: closed, so that a renamed field is an error and not a silent gap."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class FileEntry(Record):
+    size: int = Field(description="bytes")
+    sha256: str
+
+
+class TensorEntry(Record):
+    dtype: str = Field(description="safetensors name of the dtype: BF16, F32, F8_E4M3, ...")
+    shape: list[int]
+    shard: str
+    offset: int = Field(description="first byte of the tensor in its shard, header included")
+
+
+class Lock(Record):
+    """What a model is: every file and tensor, and the config. locks/{model}.json."""
+
+    model: str
+    revision: str = Field(description="commit of a hub repository; for a local path the sha256 over its files' hashes")
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+    config: dict[str, Any]
+
+
+class SourceRecord(Record):
+    """The outcome of checking the shards against the lock. results/source/{model}/source.json."""
+
+    model: str
+    path: str
+    revision: str
+    files: dict[str, FileEntry]
+    parameters: int
+    tensors: int
+    blocks: int
+    architecture: str
+    dtypes: dict[str, int] = Field(description="parameters by dtype")
+    routed_experts: int = Field(description="experts in each MoE block, counted from tensor names; 0 for a dense model")
+    shared_experts: int
+    experts_per_token: int
+    moe_blocks: int
+    dense_blocks: int
+    seconds: float
+
+
+class TextSourceRecord(Record):
+    name: str
+    path: str
+    sha256: str = Field(description="of the text file")
+    share: float = Field(description="part of the samples asked for, 0 to 1")
+    documents: int = Field(description="documents read")
+    tokens_available: int
+    samples: int
+    tokens: int = Field(description="tokens used, padding not counted")
+
+
+class TokenSetRecord(Record):
+    samples: int
+    tokens: int = Field(description="padding not counted")
+    sha256: str = Field(description="of the int32 token tensor's bytes, row by row")
+    sources: list[TextSourceRecord]
+
+
+class CalibrationRecord(Record):
+    """results/calibration/{model}/{calibration}/calibration.json"""
+
+    model: str
+    calibration: str
+    tokenizer_sha256: str
+    seqlen: int
+    pack: Literal["concat", "pad"]
+    seed: int
+    calibration_set: TokenSetRecord
+    heldout_set: TokenSetRecord
+
+
+class RoutingRecord(Record):
+    """results/reference/{model}/{calibration}/routing_{block}.json"""
+
+    model: str
+    calibration: str
+    block: int
+    kind: Literal["dense", "moe"]
+    tokens: int = Field(description="calibration tokens, padding not counted")
+    tokens_per_expert: list[int] = Field(description="routed calibration tokens of each expert; empty if dense")
+    never_reached: list[int]
+    seconds: float
+    peak_memory_bytes: int
+
+
+class BlockRecord(Record):
+    """results/{release}/blocks/{block}.json"""
+
+    release: str
+    block: int
+    kind: Literal["dense", "moe"]
+    scheme: str
+    engine: str
+    engine_version: str
+    settings: dict[str, Any] = Field(description="every tuning setting, defaults spelled out")
+    seed: int = Field(description="the seed of this block, from (release, block)")
+    loss_initial: float = Field(description="MSE of the block's output at iteration 0, plain rounding")
+    loss_best: float
+    best_iteration: int
+    iterations: int = Field(description="iterations run")
+    losses: list[float] = Field(description="minibatch loss at each iteration")
+    quantized: dict[str, list[int]] = Field(description="quantized weights and their shapes [out, in]")
+    kept: dict[str, str] = Field(description="Linears left in BF16, each with the reason")
+    shared_global_scale: list[list[str]] = Field(description="groups of weights that have one global scale (NVFP4)")
+    tokens_per_expert: list[int]
+    never_reached: list[int] = Field(description="experts that no calibration token reached: rounded, not tuned")
+    tokens: int
+    seconds: float = Field(
+        description="of tuning, encoding and the pass that feeds the next block; imports not counted"
+    )
+    peak_memory_bytes: int = Field(description="largest resident memory of the process")
+    threads: int
+    device: str
+    libraries: dict[str, str] = Field(description="versions of the libraries that the bytes depend on")
+
+
+class PackRecord(Record):
+    """results/{release}/pack.json: counted from the tensors of the packed checkpoint."""
+
+    release: str
+    model: str
+    scheme: str
+    files: dict[str, FileEntry]
+    bytes: int = Field(description="of all shards")
+    source_bytes: int = Field(description="of all shards of the source")
+    parameters: int = Field(description="of the model that the checkpoint stands for")
+    quantized_parameters: int
+    bits_per_quantized_weight: float = Field(description="scales included")
+    blocks: int
+    dense_blocks: int
+    moe_blocks: int
+    routed_experts: int
+    shared_experts: int
+    experts_per_token: int
+    activated_parameters: int = Field(description="used for one token: all but the experts that are not chosen")
+    hard_linked: bool = Field(description="shards share their bytes with blocks/")
+    seconds: float
+
+
+class TensorCheck(Record):
+    block: int
+    cosine: float
+    relative_mae: float = Field(description="mean |error| / mean |weight|")
+    sqnr_db: float = Field(description="10 log10(sum w^2 / sum error^2)")
+
+
+class VerifyRecord(Record):
+    """results/{release}/verify.json: decoded weights against the source."""
+
+    release: str
+    scheme: str
+    limits: dict[str, float] = Field(description="cosine (lowest allowed) and relative_mae (highest allowed)")
+    tensors: dict[str, TensorCheck]
+    unchanged: int = Field(description="tensors equal to the source bit for bit")
+    source_tensors: int = Field(description="tensors of the source, each accounted for once")
+    lowest_cosine: float
+    lowest_cosine_tensor: str
+    highest_relative_mae: float
+    mean_cosine: float
+    mean_relative_mae: float
+    mean_sqnr_db: float
+    codes_rederived: int = Field(description="tensors whose codes came out bit for bit from decoded weights and scales")
+    scale_groups: int = Field(description="fused groups whose global scales are equal")
+    public_decoder: str
+    public_decoder_tensors: int = Field(description="tensors that the public decoder decoded to the same values")
+    seconds: float
+
+
+class ModelQuality(Record):
+    perplexity: float = Field(description="exp of the mean negative log-likelihood a token")
+    kl_divergence: float = Field(description="mean KL(source || this) a token, nats; 0 for the source")
+    kl_divergence_stderr: float
+    top1_agreement: float = Field(description="part of the tokens whose most likely next token is the source's")
+
+
+class EvaluateRecord(Record):
+    """results/{release}/evaluate.json: on the held-out tokens."""
+
+    release: str
+    model: str
+    tokens: int = Field(description="predicted tokens")
+    samples: int
+    seqlen: int
+    heldout_sha256: str
+    activations: str = Field(description="how activations of the quantized Linears were treated")
+    source: ModelQuality
+    rounded: ModelQuality = Field(description="plain rounding, iterations 0")
+    quantized: ModelQuality
+    block_mse: list[dict[str, float]] = Field(
+        description="by block: mean squared error of the hidden states, `rounded` and `quantized`"
+    )
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Answer(Record):
+    prompt: str
+    answer: str
+    tokens: int = Field(description="served tokens that were replayed")
+    agreeing: int = Field(description="of those, the ones that this model's own chain would choose")
+    worst_gap: float = Field(description="largest log-probability gap between the chain's choice and the served token")
+    source_answer_differs: bool = Field(description="the source model would have chosen another token somewhere")
+
+
+class DeployRecord(Record):
+    """results/{release}/deploy.json"""
+
+    release: str
+    target: str
+    engine: str
+    engine_version: str
+    command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
+    environment: dict[str, str]
+    weights: str = Field(description="what was served: decoded to BF16, or the packed checkpoint as it is")
+    why_decoded: str | None
+    startup_seconds: float
+    answers: list[Answer]
+    tokens: int
+    agreement: float = Field(description="agreeing tokens / served tokens")
+    agreement_limit: float
+    agreement_rule: str = Field(description="when a token counts as agreeing")
+    control: str = Field(description="what was left out of the control's chain")
+    control_agreement: float = Field(description="the same of a chain with one block's weights left out: must be lower")
+    other_model_status: int = Field(description="HTTP status for a request that names another model: refused")
+    verdict: Literal["passed"]
+    seconds: float
+
+
+class Score(Record):
+    task: str
+    metric: str
+    higher_is_better: bool
+    value: float
+    stderr: float | None
+    samples: int
+
+
+class BenchmarkRecord(Record):
+    """results/{release}/benchmark.json and results/reference/{model}/benchmark/{benchmark}.json"""
+
+    subject: str = Field(description="the release or model that was measured")
+    benchmark: str
+    harness: str
+    harness_version: str
+    settings: dict[str, Any]
+    arithmetic: str = Field(description="how the model was run: weights, activations, dtype")
+    scores: list[Score]
+    source_scores: list[Score] | None = Field(
+        description="of the source model, same settings; null for the source itself"
+    )
+    recovery: dict[str, float | None] | None = Field(
+        description="by task/metric: value over the source's value, inverted where lower is better; null if the "
+        "source scores 0"
+    )
+    seconds: float
+    peak_memory_bytes: int
+
+
+R = TypeVar("R", bound=Record)
+
+
+def write_json(path: str | Path, record: Record) -> None:
+    """Writes `record` whole: to a temporary name beside `path`, then renamed."""
+    write_text(path, json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 `text` whole: to a temporary name beside `path`, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: str | Path, kind: type[R]) -> R:
+    """Reads the record of `kind` in `path`. RequantError if it is absent, no JSON, or of another shape."""
+    try:
+        return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequantError(f"{path}: not there; expected a {kind.__name__} written by its stage") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise RequantError(f"{path}: {key}: {first['msg']}; expected a {kind.__name__}; delete it to rebuild") from None

@@ -1,0 +1,39 @@
+"""The number formats a release can have.
+
+NVFP4: 4-bit floats (e2m1) in groups of 16 with an FP8 (e4m3) scale a group and one FP32 scale a tensor,
+weights and activations (compressed-tensors `nvfp4-pack-quantized`).
+W<bits>A16: symmetric integers in groups of 128 with one 16-bit scale a group, activations in BF16
+(compressed-tensors `pack-quantized`).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One number format. `group_size` counts weights along the input dimension; 16 activation bits mean BF16."""
+
+    name: str
+    format: str
+    weight_bits: int
+    group_size: int
+    activation_bits: int
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return self.activation_bits < 16
+
+    @property
+    def is_nvfp4(self) -> bool:
+        return self.format == "nvfp4-pack-quantized"
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("NVFP4", "nvfp4-pack-quantized", 4, 16, 4),
+        Scheme("W3A16", "pack-quantized", 3, 128, 16),
+        Scheme("W4A16", "pack-quantized", 4, 128, 16),
+        Scheme("W8A16", "pack-quantized", 8, 128, 16),
+    )
+}

@@ -1,0 +1,115 @@
+"""Running a model one block at a time: no more than a block and a batch of hidden states is ever in memory.
+
+A block is built on the meta device and filled with its own tensors, straight from the shards that hold them.
+The same code runs the source and a packed release: `PackedCheckpoint` hands out decoded weights.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from requant.architecture import block_count, block_of
+from requant.blocks import empty_block, empty_model, fill
+from requant.checkpoint import Checkpoint
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class StreamedModel:
+    """A causal language model whose blocks are read when they are run."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.blocks = block_count(checkpoint.config)
+        self.empty = empty_model(checkpoint.config)
+        self.config = self.empty.config
+        self.rotary = type(self.empty.model.rotary_emb)(self.config)
+        self._names: dict[int, list[str]] = {}
+        for name in sorted(checkpoint.index):
+            block = block_of(name, self.blocks)
+            if block is not None:
+                self._names.setdefault(block, []).append(name)
+
+    def block(self, index: int, quantize_activations: bool = False) -> nn.Module:
+        """Block `index`, filled and ready to run.
+
+        With `quantize_activations` (packed releases only) the inputs of quantized Linears are rounded as the
+        release's scheme says. Raises RequantError naming the tensors that the block lacks or has too many.
+        """
+        prefix = f"model.layers.{index}."
+        tensors = self.checkpoint.read(self._names.get(index, []))
+        block = fill(
+            empty_block(type(self.empty.model.layers[index]), self.config, index),
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+            f"{self.checkpoint.directory}: block {index}",
+        )
+        if quantize_activations:
+            self.checkpoint.round_activations(block, prefix)
+        return block
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int [n, T] -> hidden states BF16 [n, T, width]."""
+        return nn.functional.embedding(tokens.long(), self.checkpoint.read([EMBEDDING])[EMBEDDING].to(torch.bfloat16))
+
+    def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary cosines and sines of positions 0..length-1, BF16 [1, length, rotary width]."""
+        cosines, sines = self.rotary(torch.empty(1, dtype=torch.bfloat16), torch.arange(length)[None])
+        return cosines.detach(), sines.detach()
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, hidden: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """The block's output for hidden states [n, T, width], `batch_size` samples at a time, causal."""
+        output = torch.empty_like(hidden)
+        positions = self.positions(hidden.shape[1])
+        for start in range(0, len(hidden), batch_size):
+            batch = hidden[start : start + batch_size]
+            output[start : start + batch_size] = block(batch, position_embeddings=positions)
+        return output
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The final norm and the output matrix, as a function of hidden states that gives float32 logits."""
+        norm, matrix = self._norm(), self.checkpoint.read([self._head_name()])[self._head_name()].to(torch.bfloat16)
+
+        @torch.no_grad()
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(norm(hidden), matrix).float()
+
+        return logits
+
+    def stream(
+        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Hidden states after the embedding and after each block; a skipped block hands its input on."""
+        hidden = self.embed(tokens)
+        yield hidden
+        for index in range(self.blocks):
+            if index != skip_block:
+                hidden = self.run(self.block(index, quantize_activations), hidden)
+            yield hidden
+
+    def logits_of(
+        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+    ) -> torch.Tensor:
+        """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
+        *_, hidden = self.stream(tokens, quantize_activations, skip_block)
+        return self.head()(hidden)
+
+    def whole(self, quantize_activations: bool = False) -> nn.Module:
+        """All blocks in memory at once, as a transformers model that can generate: for models that fit."""
+        model = empty_model(self.checkpoint.config)
+        for index in range(self.blocks):
+            model.model.layers[index] = self.block(index, quantize_activations)
+        model.model.rotary_emb = self.rotary
+        model.model.norm = self._norm()
+        tensors = self.checkpoint.read([EMBEDDING, self._head_name()])
+        fill(model.model.embed_tokens, {"weight": tensors[EMBEDDING]}, "embedding")
+        fill(model.lm_head, {"weight": tensors[self._head_name()]}, "head")
+        return model.eval()
+
+    def _head_name(self) -> str:
+        return HEAD if HEAD in self.checkpoint.index else EMBEDDING
+
+    def _norm(self) -> nn.Module:
+        norm = type(self.empty.model.norm)(self.config.hidden_size, self.config.rms_norm_eps)
+        return fill(norm, {"weight": self.checkpoint.read([NORM])[NORM]}, "final norm")

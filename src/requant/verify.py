@@ -1,0 +1,201 @@
+"""Verification: every tensor of a packed release decoded from its bytes and held against the source.
+
+The decoder (decode.py) shares nothing with the encoder. Codes are then re-derived from the decoded weights and the
+stored scales and must come out bit for bit; compressed-tensors decodes a sample to the same values.
+"""
+
+import math
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from requant import int_pack, nvfp4
+from requant.architecture import block_count, block_of, fused_groups
+from requant.checkpoint import Checkpoint
+from requant.encoding import quantization_config
+from requant.errors import RequantError
+from requant.jobs import progress
+from requant.packed import PackedCheckpoint, decode_parts
+from requant.records import TensorCheck, VerifyRecord, write_json
+from requant.schemes import Scheme
+
+
+def compare(source: np.ndarray, decoded: np.ndarray) -> tuple[float, float, float]:
+    """(cosine, relative MAE, SQNR in dB) of two float arrays of one shape, sums in float64.
+
+    A source of zeros decoded to zeros counts as exact (cosine 1, SQNR infinity given as 999).
+    """
+    w, d = source.astype(np.float64).ravel(), decoded.astype(np.float64).ravel()
+    error = w - d
+    power, noise = float(w @ w), float(error @ error)
+    norm = math.sqrt(power * float(d @ d))
+    cosine = float(w @ d) / norm if norm else float(noise == 0)
+    relative = float(np.abs(error).sum() / np.abs(w).sum()) if power else float(noise > 0)
+    return min(cosine, 1.0), relative, 10 * math.log10(power / noise) if noise and power else 999.0
+
+
+def rederived(parts: dict[str, torch.Tensor], decoded: np.ndarray, scheme: Scheme) -> bool:
+    """Whether the encoder finds the stored codes again in the decoded weights, given the stored scales."""
+    weight = torch.from_numpy(decoded).to(torch.bfloat16)
+    packed = parts["weight_packed"]
+    if scheme.is_nvfp4:
+        found = nvfp4.pack(nvfp4.round_to_codes(weight, parts["weight_scale"], parts["weight_global_scale"]))
+        return torch.equal(found, packed)
+    codes = int_pack.round_to_codes(weight, parts["weight_scale"], scheme.weight_bits)
+    return torch.equal(int_pack.pack(codes, scheme.weight_bits), packed)
+
+
+def public_decoding(parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """[out, in]: the weight as compressed-tensors' own decompressor gives it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = quantization_config(scheme, [])
+    group = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    compressor = BaseCompressor.load_from_registry(scheme.format)
+    return compressor.decompress(dict(parts), group)["weight"]
+
+
+def verify(
+    source: Path, packed_dir: Path, release: str, limits: tuple[float, float], samples: int, out_record: Path
+) -> VerifyRecord:
+    """Checks the release in `packed_dir` against `source`. `limits`: lowest cosine, highest relative MAE.
+
+    Raises RequantError naming the first tensor that fails a check, with what was found and what was expected.
+    """
+    start = time.monotonic()
+    original, packed = Checkpoint(source), PackedCheckpoint(packed_dir)
+    scheme, blocks = packed.scheme, block_count(original.config)
+    account(original, packed)
+    quantized = set(packed.quantized)
+    checks: dict[str, TensorCheck] = {}
+    unchanged = 0
+    scales: dict[str, float] = {}
+    chosen = set(sorted(quantized)[:: max(1, len(quantized) // samples)][:samples])
+    for block in [*range(blocks), None]:
+        names = sorted(name for name in original.index if block_of(name, blocks) == block)
+        for name in names:
+            tensor = original.read([name])[name]
+            if name in quantized:
+                parts = packed.parts(name)
+                checks[name] = check_weight(name, tensor, parts, scheme, block, limits)
+                if scheme.is_nvfp4:
+                    scales[name] = float(parts["weight_global_scale"])
+                if name in chosen:
+                    check_public(name, parts, scheme)
+            else:
+                check_unchanged(name, tensor, packed)
+                unchanged += 1
+        if block is not None:
+            progress(f"{release}: block {block + 1} of {blocks} verified, {len(checks)} quantized tensors so far")
+    groups = check_groups(sorted(quantized), scales, blocks) if scheme.is_nvfp4 else 0
+    worst = min(checks, key=lambda name: checks[name].cosine)
+    count = len(checks)
+    record = VerifyRecord(
+        release=release,
+        scheme=scheme.name,
+        limits={"cosine": limits[0], "relative_mae": limits[1]},
+        tensors=checks,
+        unchanged=unchanged,
+        source_tensors=len(original.index),
+        lowest_cosine=checks[worst].cosine,
+        lowest_cosine_tensor=worst,
+        highest_relative_mae=max(check.relative_mae for check in checks.values()),
+        mean_cosine=sum(check.cosine for check in checks.values()) / count,
+        mean_relative_mae=sum(check.relative_mae for check in checks.values()) / count,
+        mean_sqnr_db=sum(check.sqnr_db for check in checks.values()) / count,
+        codes_rederived=count,
+        scale_groups=groups,
+        public_decoder=f"compressed-tensors {version('compressed-tensors')}",
+        public_decoder_tensors=len(chosen),
+        seconds=time.monotonic() - start,
+    )
+    write_json(out_record, record)
+    return record
+
+
+def account(original: Checkpoint, packed: PackedCheckpoint) -> None:
+    """Raises RequantError unless every tensor of the source stands once in the release, and nothing else does."""
+    if not packed.quantized:
+        raise RequantError(f"{packed.directory}: no quantized tensor; expected Linears in {packed.scheme.name}")
+    both = [name for name in packed.quantized if name in packed.stored]
+    if both:
+        raise RequantError(f"{packed.directory}: {both[0]} stands there twice, quantized and as it is; expected once")
+    if missing := sorted(original.index.keys() - packed.index.keys()):
+        raise RequantError(f"{packed.directory}: {missing[0]} is missing; the source has it")
+    if extra := sorted(packed.index.keys() - original.index.keys()):
+        raise RequantError(f"{packed.directory}: {extra[0]} is there; the source has no such tensor")
+
+
+def check_weight(
+    name: str,
+    source: torch.Tensor,
+    parts: dict[str, torch.Tensor],
+    scheme: Scheme,
+    block: int,
+    limits: tuple[float, float],
+) -> TensorCheck:
+    """One quantized weight: shape, finite, codes, cosine and relative MAE. Raises RequantError naming it."""
+    try:
+        decoded = decode_parts(parts, scheme)
+    except RequantError as error:
+        raise RequantError(f"{name}: {error}") from None
+    if list(decoded.shape) != list(source.shape):
+        raise RequantError(f"{name}: shape {list(decoded.shape)} decoded; the source has {list(source.shape)}")
+    if not np.isfinite(decoded).all():
+        raise RequantError(f"{name}: NaN or infinite values decoded; expected finite weights")
+    if scheme.is_nvfp4 and not bool(
+        (parts["input_global_scale"] > 0).all() & parts["input_global_scale"].isfinite().all()
+    ):
+        raise RequantError(
+            f"{name}: input_global_scale {parts['input_global_scale'].tolist()}; expected a finite number above 0"
+        )
+    if not rederived(parts, decoded, scheme):
+        raise RequantError(f"{name}: codes re-derived from decoded weights and scales differ from the stored ones")
+    cosine, relative_mae, sqnr = compare(source.float().numpy(), decoded)
+    if cosine < limits[0]:
+        raise RequantError(
+            f"{name}: cosine {cosine:.5f} against the source; expected {limits[0]} or more (verify.cosine)"
+        )
+    if relative_mae > limits[1]:
+        raise RequantError(
+            f"{name}: relative MAE {relative_mae:.5f} against the source; "
+            f"expected {limits[1]} or less (verify.relative_mae)"
+        )
+    return TensorCheck(block=block, cosine=cosine, relative_mae=relative_mae, sqnr_db=sqnr)
+
+
+def check_public(name: str, parts: dict[str, torch.Tensor], scheme: Scheme) -> None:
+    """Raises RequantError unless compressed-tensors decodes `parts` to requant's values, up to BF16 rounding."""
+    public = public_decoding(parts, scheme).float()
+    ours = torch.from_numpy(decode_parts(parts, scheme))
+    difference = float((public - ours).abs().max() / ours.abs().max().clamp(min=1e-30))
+    if difference > 2**-7:
+        raise RequantError(
+            f"{name}: compressed-tensors decodes values that differ by {difference:.2%} of the largest weight"
+        )
+
+
+def check_unchanged(name: str, source: torch.Tensor, packed: PackedCheckpoint) -> None:
+    """Raises RequantError unless a tensor that was not quantized equals the source's, in BF16, bit for bit."""
+    stored = packed.read([name])[name]
+    if not torch.equal(stored, source.to(stored.dtype)):
+        raise RequantError(f"{name}: differs from the source; expected the same bytes, it is not quantized")
+
+
+def check_groups(quantized: list[str], scales: dict[str, float], blocks: int) -> int:
+    """Number of fused groups. Raises RequantError if the global scales within one are not equal."""
+    by_block: dict[int | None, list[str]] = {}
+    for name in quantized:
+        by_block.setdefault(block_of(name, blocks), []).append(name)
+    groups = [group for names in by_block.values() for group in fused_groups(names)]
+    for group in groups:
+        if len({scales[name] for name in group}) > 1:
+            found = ", ".join(f"{name.rpartition('.')[0].rpartition('.')[2]} {scales[name]:g}" for name in group)
+            raise RequantError(
+                f"{group[0]}: weight_global_scale differs within a fused group ({found}); expected one value"
+            )
+    return len(groups)

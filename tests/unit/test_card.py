@@ -1,0 +1,672 @@
+"""The card says what the records say, all of it, and nothing else.
+
+The records here are made up; the jobs that write real ones are tested with the whole build.
+"""
+
+import json
+import math
+import re
+import shlex
+import statistics
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+from card_records import NVFP4, RELEASE, W3A16, change, load, make_records, provenance_of, put, sha
+from huggingface_hub import ModelCard
+
+from requant import card, plots, wording
+from requant.card import Figures, render_card, render_release_card
+from requant.errors import RequantError
+
+FIGURES = Figures("loss.png", "hidden_states.png")
+
+
+# Ways to build cards from records
+
+
+def release_text(root: Path, release=NVFP4, **changes) -> str:
+    facts = load(root, release, **changes)
+    return render_release_card(facts, provenance_of(facts), FIGURES)
+
+
+def build_text(root: Path) -> str:
+    releases = [load(root, NVFP4), load(root, W3A16)]
+    figures = Figures("results/card/loss.png", "results/card/hidden_states.png", "results/card/experts.png")
+    return render_card(releases, [provenance_of(facts) for facts in releases], figures)
+
+
+def section(text: str, title: str) -> str:
+    """The text under `## title`."""
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def row(text: str, label: str) -> list[str]:
+    """The cells after the one that reads `label`, in the only table row that begins so."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {label} |")]
+    assert len(rows) == 1, f"{label}: {len(rows)} rows"
+    return rows[0][1:]
+
+
+@pytest.fixture
+def root(tmp_path):
+    make_records(tmp_path)
+    make_records(tmp_path, W3A16, "W3A16", seed=1)
+    return tmp_path
+
+
+# What the card says
+
+
+def test_the_card_has_every_section_in_order(root):
+    titles = re.findall(r"^## (.*)$", build_text(root), re.M)
+    assert titles == [
+        "Variants at a glance",
+        "Specification",
+        "What is quantized",
+        "Recipe",
+        "Loss by depth",
+        "Experts",
+        "Quality",
+        "Benchmarks",
+        "Verification",
+        "Serving",
+        "Wall time",
+        "Provenance",
+    ]
+
+
+def test_variants_stand_side_by_side(root):
+    text = section(build_text(root), "Variants at a glance")
+    assert row(text, f"[`{NVFP4}`](results/{NVFP4}/model/README.md)") == [
+        "NVFP4",
+        "2.87\u00a0MB (30.5%)",
+        "4.503",
+        "4.71\u00a0M",
+        "0.01913 ± 0.00053",
+        "98.7%",
+        "4.210 (4.117)",
+        "97.2% to 97.6%",
+    ]
+    assert row(text, f"[`{W3A16}`](results/{W3A16}/model/README.md)")[:3] == [
+        "W3A16",
+        "2.87\u00a0MB (30.5%)",
+        "4.133",
+    ]
+
+
+def test_specification_counts_what_the_records_count(root):
+    text = section(build_text(root), "Specification")
+    assert row(text, "Parameters") == ["4,712,345", "4,712,345"]
+    assert row(text, "Activated for a token") == ["1,987,321", "1,987,321"]
+    assert row(text, "Quantized") == ["4,201,987", "4,201,988"]
+    assert row(text, "Blocks") == ["6", "6"]
+    assert row(text, "&nbsp;&nbsp;dense") == ["1", "1"]
+    assert row(text, "&nbsp;&nbsp;mixture of experts") == ["5", "5"]
+    assert row(text, "Routed experts in such a block") == ["16", "16"]
+    assert row(text, "Shared experts in such a block") == ["1", "1"]
+    assert row(text, "Routed experts that a token uses") == ["4", "4"]
+    assert row(text, "Bytes of the shards") == ["2,871,113", "2,871,114"]
+    assert row(text, "Bytes of the source's shards") == ["9,423,009", "9,423,009"]
+    assert row(text, "Bits a quantized weight, scales included") == ["4.503", "4.133"]
+
+
+def test_the_spread_of_tokens_over_experts_is_told(root):
+    load_of_block = json.loads((root / f"results/{NVFP4}/blocks/4.json").read_text())["tokens_per_expert"]
+    least, middle, most = min(load_of_block), statistics.median(load_of_block), max(load_of_block)
+    text = section(release_text(root), "Experts")
+    assert row(text, "4") == ["31,233", "16", f"{least:,}", wording.figure(middle), f"{most:,}", "0"]
+
+
+def test_recipe_has_texts_and_every_setting(root):
+    text = section(build_text(root), "Recipe")
+    assert "123 samples of 256 tokens, 31,233 tokens in all; documents joined and cut to length; seed 43" in text
+    assert row(text, "calibration | exercises") == ["exercises", "62.5%", "1,202", "98,702", "62", "15,617"]
+    assert row(text, "`engine`") == ["auto_round 0.16.1"] * 2
+    settings = json.loads((root / f"results/{NVFP4}/blocks/0.json").read_text())["settings"]
+    for key, value in settings.items():
+        assert row(text, f"`{key}`")[0] == wording.setting(value)
+
+
+def test_linears_are_counted_by_what_became_of_them(root):
+    text = section(build_text(root), "What is quantized")
+    assert row(text, "`model.layers.*.mlp.experts.*.up_proj`") == [
+        "80 in NVFP4, 136 × 128",
+        "80 in W3A16, 136 × 128",
+    ]
+    assert row(text, "`model.layers.*.mlp.up_proj`") == ["1 in NVFP4, 136 × 128", "1 in W3A16, 136 × 128"]
+    assert row(text, "`model.layers.*.mlp.gate`") == ["5 in BF16: router: decides which experts run"] * 2
+    assert "117 of the source's 295 tensors" in text
+
+
+def test_a_linear_kept_in_one_release_only_shows_both_fates(root):
+    def keep(data):
+        name = "model.layers.2.self_attn.o_proj"
+        del data["quantized"][f"{name}.weight"]
+        data["kept"][name] = "config: keep o_proj|v_proj"
+
+    change(root, f"results/{W3A16}/blocks/2.json", keep)
+    change(
+        root,
+        f"results/{W3A16}/verify.json",
+        lambda v: v["tensors"].pop("model.layers.2.self_attn.o_proj.weight"),
+    )
+    text = section(build_text(root), "What is quantized")
+    assert row(text, "`model.layers.*.self_attn.o_proj`") == [
+        "6 in NVFP4, 128 × 96",
+        "5 in W3A16, 128 × 96; 1 in BF16: config: keep o_proj\\|v_proj",
+    ]
+
+
+def test_loss_by_depth_is_a_table_and_two_pictures(root):
+    text = section(release_text(root), "Loss by depth")
+    assert "](loss.png)" in text and "](hidden_states.png)" in text
+    assert row(text, "3") == [
+        "MoE", "1.31e-03", "8.89e-04", "32.1%", "153 of 200", "7.89e-04", "4.67e-04", "24.9\u00a0s",
+    ]  # fmt: skip
+    assert row(text, "0")[0] == "dense"
+
+
+def test_long_tables_are_folded(root, monkeypatch):
+    assert "<summary>Loss of the 6 blocks" not in release_text(root)
+    monkeypatch.setattr(card, "FOLDED_ROWS", 5)
+    assert f"<summary>Loss of the 6 blocks of {NVFP4}</summary>" in release_text(root)
+
+
+def test_experts_never_reached_are_named_by_block(root):
+    assert "Calibration tokens reached every expert of every block." in release_text(root)
+    for block, experts in ((2, [3]), (4, [0, 1, 2, 9])):
+        change(root, f"results/{NVFP4}/blocks/{block}.json", put("never_reached", experts))
+    text = section(release_text(root), "Experts")
+    assert "Experts never reached: block 2: 3; block 4: 0–2, 9." in text
+    assert "reached every expert" not in text
+
+
+def test_quality_shows_source_rounding_and_release(root):
+    text = section(release_text(root), "Quality")
+    assert row(text, f"`{NVFP4}` | source")[1:] == ["0 (the reference)", "100.0%", "4.117"]
+    assert row(text, f"`{NVFP4}` | NVFP4, plain rounding")[1:] == ["0.03127 ± 0.00091", "97.5%", "4.304"]
+    assert row(text, f"`{NVFP4}` | NVFP4, this release")[1:] == ["0.01913 ± 0.00053", "98.7%", "4.210"]
+
+
+@pytest.mark.parametrize(
+    ("kl", "stderr", "sentence"),
+    [
+        (
+            0.01913,
+            0.00053,
+            "tuning lowered the KL divergence from 0.03127 to 0.01913 nats a token, by 38.8%.",
+        ),
+        (
+            0.04127,
+            0.00053,
+            "tuning raised the KL divergence from 0.03127 to 0.04127 nats a token: on these tokens",
+        ),
+        (0.03128, 0.00053, "to 0.03128 nats a token; the difference is within the standard errors."),
+    ],
+)
+def test_the_card_says_what_tuning_bought_even_if_nothing(root, kl, stderr, sentence):
+    change(root, f"results/{NVFP4}/evaluate.json", put("quantized", "kl_divergence", kl))
+    change(root, f"results/{NVFP4}/evaluate.json", put("quantized", "kl_divergence_stderr", stderr))
+    assert sentence in section(release_text(root), "Quality")
+
+
+def test_a_release_without_iterations_is_called_plain_rounding(root):
+    for block in range(6):
+        path = f"results/{NVFP4}/blocks/{block}.json"
+        initial = json.loads((root / path).read_text())["loss_initial"]
+        change(root, path, lambda b, loss=initial: b.update(iterations=0, best_iteration=0, loss_best=loss))
+    text = release_text(root)
+    assert "No block was tuned (0 iterations): the release is plain rounding." in text
+    assert "nothing was tuned; the release is plain rounding." in text
+
+
+def test_benchmarks_have_errors_and_recovery(root):
+    text = section(build_text(root), "Benchmarks")
+    assert row(text, "exercises")[1:] == [
+        "411", "0.905 ± 0.014", "0.883 ± 0.016 (97.6%)", "0.883 ± 0.016 (97.6%)",
+    ]  # fmt: skip
+    assert row(text, "stories")[0] == "word_perplexity (lower is better)"
+    assert row(text, "stories")[2:4] == ["6.037", "6.211 (97.2%)"]
+    assert row(text, "`num_fewshot`") == ["0"] and row(text, "`seed`") == ["44"] and row(text, "`limit`") == ["none"]
+    assert "Measured with `lm_eval` 0.4.13, benchmark `default`." in text
+
+
+def test_a_source_score_of_zero_gives_words_not_a_ratio(root):
+    for path in (f"results/{NVFP4}/benchmark.json", f"results/{W3A16}/benchmark.json"):
+        change(root, path, put("recovery", "exercises/exact_match", None))
+    text = build_text(root)
+    assert row(section(text, "Benchmarks"), "exercises")[-1].endswith("(the source scored 0: no recovery)")
+    assert row(section(text, "Variants at a glance"), f"[`{NVFP4}`](results/{NVFP4}/model/README.md)")[-1] == "97.2%"
+
+
+def test_verification_names_limits_and_the_worst_tensors(root):
+    text = section(build_text(root), "Verification")
+    expected = {
+        "Quantized tensors, all compared": ["178", "178"],
+        "Lowest cosine similarity": ["0.99394", "0.96394"],
+        "Highest relative mean absolute error": ["10.89%", "10.89%"],
+        "Mean cosine similarity": ["0.99517", "0.99517"],
+        "Mean relative mean absolute error": ["9.37%", "9.37%"],
+        "Mean signal to quantization noise, dB": ["20.43", "20.43"],
+        "Tensors whose codes were derived again bit for bit": ["178", "178"],
+        "Groups of fused weights with one global scale": ["47", "47"],
+        "Tensors of the source, each accounted for once": ["295", "295"],
+        "Public decoder": ["compressed-tensors 0.20.0", "compressed-tensors 0.20.0"],
+        "&nbsp;&nbsp;tensors that it decodes to the same values": ["16", "16"],
+    }
+    assert {label: row(text, label) for label in expected} == expected
+    assert text.count("| &nbsp;&nbsp;limit | 0.9850 | 0.9850 |") == 1
+    assert text.count("| &nbsp;&nbsp;limit | 14.00% | 14.00% |") == 1
+    worst = re.findall(rf"^\| `{NVFP4}` \| `([^`]*)` \| ([\d.]+)", text, re.M)
+    checks = json.loads((root / f"results/{NVFP4}/verify.json").read_text())["tensors"]
+    lowest = sorted(checks, key=lambda name: checks[name]["cosine"])[:5]
+    assert worst == [(name, f"{checks[name]['cosine']:.5f}") for name in lowest]
+
+
+def test_serving_shows_the_command_and_what_was_served(root):
+    text = section(release_text(root), "Serving")
+    assert "OMP_NUM_THREADS=1 transformers serve {model} --host 127.0.0.1 --port 8101" in text
+    assert "**decoded to BF16**, because transformers 5.23.0 does not divide out" in text
+    assert "The packed files themselves were given to no engine here" in text
+    assert row(text, "Smoke test") == ["passed"]
+    assert row(text, "Agreement with this release's weights") == ["99.2%"]
+    assert row(text, "&nbsp;&nbsp;limit") == ["97.0%"]
+    assert row(text, "Agreement of the control") == ["14.2%"]
+    assert row(text, "&nbsp;&nbsp;what it lacks") == ["block 3 left out"]
+    assert row(text, "Served tokens") == ["127"]
+    assert row(text, "HTTP status for a request that names another model") == ["400"]
+    assert row(text, "Answers on which the source model would differ") == ["1"]
+    assert "````text\nAnn has 3 apples and ⟶  2 pears. ```\n````" in text
+    change(root, f"results/{NVFP4}/deploy.json", put("why_decoded", None))
+    assert "given to no engine" not in release_text(root)
+
+
+def test_a_served_command_reads_back_as_it_was_run(root):
+    command = ["serve", "--model", "{model}", "--name", "two words", "--template", "a'b\"c"]
+    change(root, f"results/{NVFP4}/deploy.json", put("command", command))
+    text = card.shell_command(load(root).deploy)
+    assert shlex.split(text) == ["OMP_NUM_THREADS=1", *command]
+
+
+def test_wall_time_counts_shared_stages_once(root):
+    text = section(build_text(root), "Wall time")
+    assert row(text, "Check the shards of `alpha`") == ["1", "1.4\u00a0s"]
+    assert row(text, "Reference chain of `alpha` over `default`") == ["6", "27.7\u00a0s"]
+    assert row(text, f"Quantize `{NVFP4}`") == ["6", "2\u00a0min\u00a026\u00a0s"]
+    records = [json.loads(path.read_text()) for path in (root / "results").rglob("*.json")]
+    total = sum(record["seconds"] for record in records if "seconds" in record)
+    assert row(text, "**All**") == ["30", wording.duration(total)]
+    assert "was 1.21\u00a0GB" in text
+
+
+def test_provenance_has_hashes_and_versions(root):
+    text = section(build_text(root), "Provenance")
+    assert "commit `0123abc`" in text
+    assert "torch 2.13.0, transformers 5.23.0" in text
+    for value in (
+        sha(("alpha", 2)),
+        sha("calibration"),
+        sha("heldout"),
+        sha("tokenizer"),
+        sha("stories"),
+        sha(W3A16),
+    ):
+        assert f"`{value}`" in text
+    assert "/private/" not in build_text(root), "paths of the machine are nobody's business"
+
+
+def test_blocks_made_by_different_libraries_are_told_apart(root):
+    for block in (4, 5):
+        change(root, f"results/{NVFP4}/blocks/{block}.json", put("libraries", {"torch": "2.14.0"}))
+        change(root, f"results/{NVFP4}/blocks/{block}.json", put("threads", 7))
+    text = release_text(root)
+    assert "Libraries that made blocks 0–3: torch 2.13.0, transformers 5.23.0." in text
+    assert "Libraries that made blocks 4–5: torch 2.14.0." in text
+    assert row(section(text, "Recipe"), "`threads`") == ["1", "7"]
+
+
+def test_every_section_names_records_that_exist(root):
+    for text in (build_text(root), release_text(root)):
+        sections = re.split(r"^## ", text, flags=re.M)[1:]
+        for part in sections:
+            named = re.findall(r"`(results/[^`]*\.json)`", "".join(re.findall(r"<sub>From .*</sub>", part)))
+            assert named, part.splitlines()[0]
+            for name in named:
+                for path in expanded(name):
+                    assert path.endswith("/model/provenance.json") or (root / path).exists(), path
+
+
+def expanded(name: str) -> list[str]:
+    """results/r/{pack,verify}.json and results/r/blocks/0.json … 5.json as single paths."""
+    if "{" in name:
+        folder, names = re.fullmatch(r"(.*)/\{(.*)\}\.json", name).groups()
+        return [f"{folder}/{part}.json" for part in names.split(",")]
+    if " … " in name:
+        first, last = name.split(" … ")
+        folder, start = first.rsplit("/", 1)
+        stem = re.fullmatch(r"(.*?)\d+\.json", start)[1]
+        return [f"{folder}/{stem}{i}.json" for i in range(int(re.search(r"(\d+)\.json", last)[1]) + 1)]
+    return [name]
+
+
+# No number without a record
+
+NUMBER = re.compile(r"(?<![\w.^&-])\d[\d,]*(?:\.\d+)*(?:e[+-]\d+)?(?![\w^])")
+
+
+def leaves(data) -> list:
+    if isinstance(data, dict):
+        return [*data, *(leaf for value in data.values() for leaf in leaves(value))]
+    if isinstance(data, list):
+        return [leaf for value in data for leaf in leaves(value)]
+    return [data]
+
+
+def forms(value) -> set[str]:
+    """The ways in which a card may write `value`."""
+    if isinstance(value, str):
+        return set(NUMBER.findall(value))
+    if value is None or isinstance(value, bool):
+        return set()
+    texts = [
+        wording.figure(value),
+        wording.percent(value),
+        wording.percent(value, 2),
+        wording.decimals(value),
+        f"{value:g}",
+    ]
+    texts += [
+        wording.scientific(value),
+        wording.duration(value),
+        *(f"{value:,.{places}f}" for places in range(8)),
+    ]
+    if isinstance(value, int):
+        texts += [str(value), wording.short(value), wording.size(value)]
+    return {found for text in texts for found in NUMBER.findall(text.replace("\u00a0", " ").replace("%", ""))}
+
+
+def supported_numbers(root: Path, names: list[str]) -> set[str]:
+    """Numbers of the records and those worked out from them, worked out here once more."""
+    records = {str(path.relative_to(root)): json.loads(path.read_text()) for path in (root / "results").rglob("*.json")}
+    values = [leaf for record in records.values() for leaf in leaves(record)]
+    times = Counter()
+    for path, record in records.items():
+        stage = str(Path(path).parent) if "routing_" in path else path
+        times.update({"all": record.get("seconds", 0), stage: record.get("seconds", 0)})
+    values += [*times.values(), sum("seconds" in record for record in records.values())]
+    for name in names:
+        pack, verify, evaluate = (records[f"results/{name}/{stage}.json"] for stage in ("pack", "verify", "evaluate"))
+        blocks = [records[f"results/{name}/blocks/{block}.json"] for block in range(RELEASE["blocks"])]
+        values += [pack["bytes"] / pack["source_bytes"], pack["quantized_parameters"] / pack["parameters"]]
+        values += [len(verify["tensors"]), len(blocks), math.fsum(block["seconds"] for block in blocks)]
+        values += [len(records[f"results/{name}/deploy.json"]["answers"])]
+        values += [1 - block["loss_best"] / block["loss_initial"] for block in blocks]
+        values += [1 - evaluate["quantized"]["kl_divergence"] / evaluate["rounded"]["kl_divergence"]]
+        for block in blocks:
+            load = block["tokens_per_expert"]
+            values += [len(load), *((min(load), max(load), statistics.median(load)) if load else ())]
+        for kind in ("quantized", "kept"):
+            values += Counter(card.linear_pattern(linear) for block in blocks for linear in block[kind]).values()
+    return {form for value in values for form in forms(value)}
+
+
+def unsupported_numbers(text: str, supported: set[str]) -> list[str]:
+    """Numbers in table rows of `text` (code left out) that are not `supported`."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [
+        f"{found} in {line}"
+        for line in rows
+        for found in NUMBER.findall(re.sub(r"`[^`]*`|\]\([^)]*\)", " ", line).replace("\u00a0", " "))
+        if found not in supported
+    ]
+
+
+def test_every_number_in_a_table_comes_from_a_record(root):
+    supported = supported_numbers(root, [NVFP4, W3A16])
+    text = build_text(root)
+    assert sum(len(NUMBER.findall(line)) for line in text.splitlines() if line.startswith("| ")) > 400
+    assert unsupported_numbers(text, supported) == []
+    assert unsupported_numbers(release_text(root), supported) == []
+    assert unsupported_numbers("| Expert | 8 of 384 |", supported) == ["384 in | Expert | 8 of 384 |"]
+
+
+def test_templates_hold_no_measured_number():
+    for path in (Path(card.__file__).parent / "templates").glob("*.j2"):
+        text = re.sub(r"\{[{%#].*?[}%#]\}", " ", path.read_text(), flags=re.S)
+        words = {"iteration 0", "(0 iterations)", "scored 0", "0 (the reference)"}
+        for word in words:
+            text = text.replace(word, " ")
+        assert NUMBER.findall(text) == [], path.name
+
+
+# What is missing or wrong is an error
+
+RECORDS = [
+    "results/source/alpha/source.json",
+    "results/calibration/alpha/default/calibration.json",
+    "results/reference/alpha/default/routing_3.json",
+    "results/reference/alpha/benchmark/default.json",
+    f"results/{NVFP4}/blocks/4.json",
+    *(f"results/{NVFP4}/{stage}.json" for stage in ("pack", "verify", "evaluate", "deploy", "benchmark")),
+]
+
+
+@pytest.mark.parametrize("path", RECORDS)
+def test_a_missing_record_is_an_error_that_names_it(root, path):
+    (root / path).unlink()
+    with pytest.raises(RequantError) as caught:
+        load(root)
+    assert path in str(caught.value) and "not there" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECORDS)
+def test_a_missing_field_is_an_error_that_names_file_and_field(root, path):
+    fields = [key for key in json.loads((root / path).read_text()) if key != "libraries"]
+    for field in fields:
+        original = (root / path).read_text()
+        change(root, path, lambda data, field=field: data.pop(field))
+        with pytest.raises(RequantError) as caught:
+            load(root)
+        assert path in str(caught.value) and field in str(caught.value) and "\n" not in str(caught.value)
+        (root / path).write_text(original)
+
+
+@pytest.mark.parametrize(
+    ("path", "edit", "key"),
+    [
+        (f"results/{NVFP4}/blocks/2.json", put("block", 3), "block"),
+        (f"results/{NVFP4}/blocks/2.json", put("scheme", "W4A16"), "scheme"),
+        (f"results/{NVFP4}/blocks/2.json", put("libraries", {}), "libraries"),
+        (f"results/{NVFP4}/blocks/2.json", put("tokens_per_expert", [1, 2]), "tokens_per_expert"),
+        (f"results/{NVFP4}/pack.json", put("blocks", 7), "blocks"),
+        (f"results/{NVFP4}/pack.json", put("model", "gamma"), "model"),
+        (f"results/{NVFP4}/verify.json", put("release", W3A16), "release"),
+        (f"results/{NVFP4}/verify.json", put("limits", {"cosine": 0.9}), "limits.relative_mae"),
+        (f"results/{NVFP4}/verify.json", lambda v: v["tensors"].popitem(), "tensors"),
+        (f"results/{NVFP4}/evaluate.json", put("heldout_sha256", sha("other")), "heldout_sha256"),
+        (f"results/{NVFP4}/evaluate.json", lambda e: e["block_mse"].pop(), "block_mse"),
+        (f"results/{NVFP4}/evaluate.json", lambda e: e["block_mse"][1].pop("rounded"), "block_mse.1.rounded"),
+        (f"results/{NVFP4}/benchmark.json", put("recovery", {"stories/word_perplexity": 1.0}), "recovery"),
+        (f"results/{NVFP4}/benchmark.json", put("recovery", None), "recovery"),
+        (f"results/{NVFP4}/benchmark.json", put("source_scores", 0, "value", 0.5), "source_scores"),
+        (f"results/{NVFP4}/benchmark.json", lambda b: b["scores"].pop(), "scores"),
+        ("results/reference/alpha/benchmark/default.json", put("subject", "gamma"), "subject"),
+    ],
+)
+def test_records_that_contradict_each_other_are_an_error(root, path, edit, key):
+    change(root, path, edit)
+    with pytest.raises(RequantError) as caught:
+        load(root)
+    assert f"{path}: {key}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_template_that_asks_for_more_than_records_hold_is_an_error(root, monkeypatch):
+    environment = card._environment()
+    environment.loader = jinja2.DictLoader({"release_card.md.j2": "{{ releases[0].pack.throughput }}"})
+    monkeypatch.setattr(card, "_environment", lambda: environment)
+    with pytest.raises(RequantError, match="release_card.md.j2: .*throughput"):
+        release_text(root)
+
+
+def test_provenance_of_other_files_is_an_error(root):
+    facts = load(root)
+    with pytest.raises(RequantError, match=f"results/{NVFP4}/model/provenance.json: not of the files in"):
+        render_release_card(facts, provenance_of(load(root, W3A16)), FIGURES)
+
+
+# Metadata
+
+
+def test_metadata_is_what_the_hub_reads(root):
+    data = ModelCard(release_text(root)).data.to_dict()
+    scores = data.pop("model-index")
+    assert data == {
+        "base_model": "some-org/alpha",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": [
+            "requant",
+            "quantized",
+            "nvfp4-pack-quantized",
+            "compressed-tensors",
+            "nvfp4",
+            "auto-round",
+            "moe",
+        ],
+    }
+    assert scores[0]["name"] == NVFP4
+    values = {result["dataset"]["type"]: result["metrics"][0]["value"] for result in scores[0]["results"]}
+    assert values == {"exercises": 0.8832, "stories": 6.211}
+
+
+def test_metadata_of_a_build_covers_all_its_releases(root):
+    text = build_text(root)
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert data["base_model"] == "some-org/alpha" and data["base_model_relation"] == "quantized"
+    assert {"nvfp4", "w3a16"} <= set(data["tags"])
+    assert "model-index" not in data
+
+
+def test_without_a_hub_name_no_base_model_is_claimed(root):
+    text = release_text(root, base_model=None, license=None)
+    data = ModelCard(text).data.to_dict()
+    assert not {"base_model", "base_model_relation", "license"} & set(data)
+    assert "`alpha` in NVFP4" in text
+    assert row(section(text, "Specification"), "Licence of the weights, as configured") == ["not stated"]
+
+
+def test_a_base_model_that_the_hub_could_not_take_is_an_error(root):
+    with pytest.raises(RequantError, match="config: models.alpha.base_model: 'a/b/c'; expected org/name"):
+        release_text(root, base_model="a/b/c")
+
+
+# Dense models, bytes, pictures
+
+
+def test_a_dense_release_speaks_of_no_experts(tmp_path):
+    make_records(tmp_path, "beta-w4a16", "W4A16", "beta", dense=True)
+    text = release_text(tmp_path, "beta-w4a16", model="beta")
+    assert "The model is dense: it has no experts" in text
+    assert "## Experts" not in text and "Routed experts" not in text
+    assert row(section(text, "Specification"), "Blocks") == ["6"]
+    assert "moe" not in ModelCard(text).data.tags
+    assert unsupported_numbers(text, supported_numbers(tmp_path, ["beta-w4a16"])) == []
+
+
+def test_models_of_two_kinds_share_a_card(tmp_path):
+    make_records(tmp_path)
+    make_records(tmp_path, "beta-w4a16", "W4A16", "beta", dense=True)
+    releases = [
+        load(tmp_path),
+        load(tmp_path, "beta-w4a16", model="beta", base_model="some-org/beta", license="other"),
+    ]
+    text = render_card(releases, [provenance_of(facts) for facts in releases], Figures("l.png", "h.png", "e.png"))
+    data = ModelCard(text).data
+    assert data.base_model == ["some-org/alpha", "some-org/beta"] and data.license is None
+    assert row(section(text, "Specification"), "Routed experts in such a block") == ["16", "0"]
+    assert row(section(text, "What is quantized"), "`model.layers.*.mlp.gate`")[1] == "not there"
+    assert "beta-w4a16" not in section(text, "Experts")
+    assert section(text, "Benchmarks").count("| Task |") == 2
+
+
+def test_cards_and_pictures_are_the_same_bytes_each_time(root):
+    assert build_text(root) == build_text(root)
+    facts = load(root)
+    for run in ("a", "b"):
+        plots.plot_loss(root / run / "loss.png", {NVFP4: facts.blocks})
+        plots.plot_hidden_states(root / run / "hidden.png", {NVFP4: facts.evaluate, W3A16: facts.evaluate})
+        plots.plot_experts(root / run / "experts.png", card.routing_sets([facts]))
+    for name in ("loss.png", "hidden.png", "experts.png"):
+        first = (root / "a" / name).read_bytes()
+        assert first == (root / "b" / name).read_bytes()
+        assert first.startswith(b"\x89PNG")
+        assert b"matplotlib" not in first.lower() and b"tEXt" not in first, "no version and no date in the file"
+
+
+def test_pictures_change_with_the_records(root):
+    plots.plot_loss(root / "a.png", {NVFP4: load(root).blocks})
+    change(root, f"results/{NVFP4}/blocks/3.json", put("loss_best", 1e-5))
+    plots.plot_loss(root / "b.png", {NVFP4: load(root).blocks})
+    assert (root / "a.png").read_bytes() != (root / "b.png").read_bytes()
+
+
+def test_a_loss_of_zero_can_be_drawn_and_told(root):
+    for block in range(6):
+        change(root, f"results/{NVFP4}/blocks/{block}.json", lambda b: b.update(loss_initial=0.0, loss_best=0.0))
+    plots.plot_loss(root / "zero.png", {NVFP4: load(root).blocks})
+    assert row(section(release_text(root), "Loss by depth"), "5")[3] == "no loss"
+
+
+# Numbers as text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (wording.figure(12345.6), "12,346"),
+        (wording.figure(999.97), "1,000"),
+        (wording.figure(999.9), "999.9"),
+        (wording.figure(4.21), "4.210"),
+        (wording.figure(0.0191304), "0.01913"),
+        (wording.figure(0.000131), "1.310e-04"),
+        (wording.figure(0), "0"),
+        (wording.with_error(0.019134, 0.000527), "0.01913 ± 0.00053"),
+        (wording.with_error(97.26, 1.44), "97.3 ± 1.4"),
+        (wording.with_error(1234.5, 12.3), "1,234 ± 12"),
+        (wording.with_error(6.0371, None), "6.037"),
+        (wording.with_error(0.5, 0.0), "0.5000"),
+        (wording.short(508_400_000_000), "508\u00a0B"),
+        (wording.short(4_712_345), "4.71\u00a0M"),
+        (wording.short(999), "999"),
+        (wording.size(288_700_000_000), "289\u00a0GB"),
+        (wording.size(47_400_000), "47.4\u00a0MB"),
+        (wording.duration(41.23), "41.2\u00a0s"),
+        (wording.duration(59.97), "1\u00a0min\u00a000\u00a0s"),
+        (wording.duration(723), "12\u00a0min\u00a003\u00a0s"),
+        (wording.duration(3599.7), "1\u00a0h\u00a000\u00a0min"),
+        (wording.duration(70_680), "19\u00a0h\u00a038\u00a0min"),
+        (wording.percent(0.9758), "97.6%"),
+        (wording.ranges([5, 0, 1, 2]), "0–2, 5"),
+        (wording.listing(["a", "b", "c"]), "a, b and c"),
+        (wording.listing(["a"]), "a"),
+        (wording.setting({"a": 1}.get("b")), "none"),
+        (wording.setting(True), "true"),
+        (wording.setting(1 / 200), "0.005"),
+        (wording.setting([]), "none"),
+        (wording.cell("a|b\nc"), "a\\|b c"),
+        (wording.plural(1, "block"), "1 block"),
+        (wording.plural(2000, "token"), "2,000 tokens"),
+        (wording.flat({"b": {"c": 1}, "a": 2}), {"a": 2, "b.c": 1}),
+        (
+            card.linear_pattern("model.layers.3.mlp.experts.7.up_proj.weight"),
+            "model.layers.*.mlp.experts.*.up_proj",
+        ),
+    ],
+)
+def test_numbers_read_as_people_write_them(text, expected):
+    assert text == expected

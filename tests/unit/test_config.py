@@ -1,0 +1,135 @@
+"""The closed config: every wrong key or value is one line that names it and says what is allowed."""
+
+import copy
+
+import pytest
+
+from requant.config import parse, verify_limits
+from requant.errors import RequantError
+
+FIVE_LINES = {
+    "models": {"mine": {"path": "/data/my-checkpoint"}},
+    "releases": {"mine-nvfp4": {"model": "mine", "scheme": "NVFP4"}},
+    "build": ["mine-nvfp4"],
+}
+
+
+def changed(path: str, value) -> dict:
+    data = copy.deepcopy(FIVE_LINES)
+    *parents, last = path.split("/")
+    at = data
+    for key in parents:
+        at = at.setdefault(key, {})
+    at[last] = value
+    return data
+
+
+def test_five_lines_are_a_config_with_the_public_releases_settings():
+    config = parse(FIVE_LINES)
+    release = config.releases["mine-nvfp4"]
+    calibration = config.calibrations[release.calibration]
+    assert (release.tuning.iters, release.tuning.batch_size, release.tuning.seed) == (200, 8, 42)
+    assert (calibration.nsamples, calibration.seqlen, calibration.pack) == (512, 2048, "concat")
+    assert release.tuning.inputs == "quantized"
+    assert release.deploy.target in config.targets
+    assert release.benchmark in config.benchmarks
+    assert verify_limits(release) == (0.985, 0.14)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("modles", {}, "config: modles: unknown key (value {}); expected: one of benchmarks, build, calibrations"),
+        ("build", ["other"], "config: build: 'other' is not in `releases`; there: mine-nvfp4"),
+        ("build", [], "config: build: []; expected"),
+        ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
+        ("models/mine", {}, "config: models.mine.path: missing; expected: directory of the checkpoint"),
+        ("models/my model", {"path": "x"}, "config: models.my model: names have letters"),
+        ("models/mine/trust_remote_code", "maybe", "config: models.mine.trust_remote_code: 'maybe'"),
+        ("releases/mine-nvfp4/scheme", "NVFP5", "config: releases.mine-nvfp4.scheme: 'NVFP5'; expected: 'NVFP4'"),
+        (
+            "releases/mine-nvfp4/model",
+            "other",
+            "config: releases.mine-nvfp4.model: 'other' is not in `models`; there: mine",
+        ),
+        (
+            "releases/mine-nvfp4/calibration",
+            "x",
+            "config: releases.mine-nvfp4.calibration: 'x' is not in `calibrations`",
+        ),
+        ("releases/mine-nvfp4/keep", ["("], "keep: '(' is not a regular expression"),
+        (
+            "releases/mine-nvfp4/tuning/iters",
+            -1,
+            "config: releases.mine-nvfp4.tuning.iters: -1; expected: greater than",
+        ),
+        (
+            "releases/mine-nvfp4/tuning/iters",
+            "many",
+            "config: releases.mine-nvfp4.tuning.iters: 'many'; expected: a valid",
+        ),
+        ("releases/mine-nvfp4/tuning/iters", 1.5, "config: releases.mine-nvfp4.tuning.iters: 1.5; expected: a valid"),
+        ("releases/mine-nvfp4/tuning/lr", 0, "config: releases.mine-nvfp4.tuning.lr: 0; expected: greater than 0"),
+        ("releases/mine-nvfp4/tuning/engine", "gptq", "config: releases.mine-nvfp4.tuning.engine: 'gptq'; expected:"),
+        ("releases/mine-nvfp4/tuning/inputs", "fp", "config: releases.mine-nvfp4.tuning.inputs: 'fp'; expected:"),
+        ("releases/mine-nvfp4/tuning/device", "tpu", "config: releases.mine-nvfp4.tuning.device: 'tpu'"),
+        (
+            "releases/mine-nvfp4/tuning/itres",
+            3,
+            "config: releases.mine-nvfp4.tuning.itres: unknown key (value 3); expected: one of",
+        ),
+        (
+            "releases/mine-nvfp4/verify/cosine",
+            1.2,
+            "config: releases.mine-nvfp4.verify.cosine: 1.2; expected: less than",
+        ),
+        (
+            "releases/mine-nvfp4/deploy/target",
+            "x",
+            "config: releases.mine-nvfp4.deploy.target: 'x' is not in `targets`",
+        ),
+        ("releases/mine-nvfp4/benchmark", "x", "config: releases.mine-nvfp4.benchmark: 'x' is not in `benchmarks`"),
+        ("calibrations/c/seqlen", 1, "config: calibrations.c.seqlen: 1; expected: greater than or equal to 2"),
+        ("calibrations/c/nsamples", 0, "config: calibrations.c.nsamples: 0; expected: greater than or equal to 1"),
+        ("calibrations/c/pack", "glue", "config: calibrations.c.pack: 'glue'; expected: 'concat' or 'pad'"),
+        ("calibrations/c/sources", [], "config: calibrations.c.sources: []"),
+        ("calibrations/c/sources", [{"path": "a.txt"}, {"path": "b/a.txt"}], "two sources are called 'a'"),
+        (
+            "calibrations/c/sources",
+            [{"path": "a.txt", "share": 0}],
+            "config: calibrations.c.sources.0.share: 0; expected:",
+        ),
+        ("benchmarks/b/tasks", [], "config: benchmarks.b.tasks: []"),
+        ("targets/t/engine", "vllm", "config: targets.t.engine: 'vllm'; expected: 'transformers'"),
+    ],
+)
+def test_each_mistake_is_one_line(path, value, expected):
+    with pytest.raises(RequantError) as error:
+        parse(changed(path, value))
+    lines = str(error.value).split("\n")
+    assert any(expected in line for line in lines), lines
+    assert all(line.startswith("config: ") for line in lines)
+
+
+def test_several_mistakes_are_all_named():
+    data = changed("releases/mine-nvfp4/tuning/iters", -1)
+    data["releases"]["mine-nvfp4"]["scheme"] = "FP3"
+    with pytest.raises(RequantError) as error:
+        parse(data)
+    assert len(str(error.value).split("\n")) == 2
+
+
+def test_no_config_at_all_names_what_is_missing():
+    with pytest.raises(RequantError) as error:
+        parse({})
+    assert "config: models: missing" in str(error.value)
+    assert "config: build: missing" in str(error.value)
+
+
+def test_the_reference_page_is_the_schemas():
+    from pathlib import Path
+
+    from requant.config_reference import reference
+
+    page = Path(__file__).resolve().parents[2] / "docs/config.md"
+    assert page.read_text() == reference(), "run: python -m requant.config_reference > docs/config.md"

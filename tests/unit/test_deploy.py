@@ -1,0 +1,317 @@
+"""The smoke test: what is served is this model, a wrong one is found, and nothing stays behind."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_checkpoint as tiny
+import torch
+from safetensors.torch import load_file
+
+from requant import deploy, serving
+from requant.config import Deploy, Target
+from requant.errors import RequantError
+from requant.packed import PackedCheckpoint, write_decoded
+from requant.records import DeployRecord, read_json, write_json
+from requant.safetensors_io import file_entry, save
+from requant.streamed import StreamedModel
+
+# A stand-in for the engine where only starting and stopping is tested: it takes the same arguments.
+ENGINE = f"""#!{sys.executable}
+import http.server, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN if BEHAVIOUR == "stubborn" else signal.SIG_DFL)
+if BEHAVIOUR == "dies":
+    sys.exit("OSError: config.json has no model_type")
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(503 if BEHAVIOUR == "sick" else 200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
+print(f"INFO: Uvicorn running on http://127.0.0.1:{{server.server_port}} (Press CTRL+C to quit)", flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("deploy")
+
+
+@pytest.fixture(scope="module")
+def source(folder) -> Path:
+    return tiny.make_source(folder / "source")
+
+
+@pytest.fixture(scope="module")
+def packed(folder, source) -> Path:
+    return tiny.make_packed(source, folder / "packed")
+
+
+@pytest.fixture(scope="module")
+def served(folder, packed) -> list[deploy.Served]:
+    """Answers of the real engine, serving the decoded weights of `packed`."""
+    write_decoded(packed, folder / "decoded")
+    tokenizer = PackedCheckpoint(packed).tokenizer()
+    prompts = deploy.choose_prompts(tokenizer, tiny.heldout(), 8, 16)
+    with serving.serve(folder / "decoded", folder / "served.log") as server:
+        return deploy.ask_all("tiny", server, tokenizer, prompts, 12, 30)
+
+
+def replayed(served: list[deploy.Served], checkpoint: Path) -> list[deploy.Served]:
+    """Copies of `served`, judged by the chain of `checkpoint`."""
+    fresh = [deploy.Served(answer.prompt, answer.prompt_ids, answer.steps) for answer in served]
+    packed = PackedCheckpoint(checkpoint)
+    deploy.replay(StreamedModel(packed), packed.tokenizer(), fresh)
+    return fresh
+
+
+def port_is_free(url: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) != 0
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(pid, 0)
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]
+    return False
+
+
+def wait_for(condition, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Puts an engine of the given behaviour in the place of `transformers serve`."""
+
+    def install(behaviour: str) -> Path:
+        path = tmp_path / "transformers"
+        path.write_text(ENGINE.replace("BEHAVIOUR", repr(behaviour)))
+        path.chmod(0o755)
+        monkeypatch.setattr(serving, "_transformers_command", lambda: str(path))
+        return path
+
+    return install
+
+
+def test_a_release_is_served_and_shown_to_be_itself(tmp_path, source, packed):
+    save(
+        tmp_path / "tokens.safetensors",
+        {"heldout": tiny.heldout(), "heldout_mask": torch.ones(12, 48).byte()},
+    )
+    write_json(tmp_path / "pack.json", tiny.pack_record(packed))
+    out = tmp_path / "deploy.json"
+    deploy.smoke_test(
+        "tiny",
+        source,
+        packed,
+        tmp_path / "pack.json",
+        tmp_path / "tokens.safetensors",
+        Deploy(prompts=4, max_tokens=8),
+        Target(),
+        tmp_path / "served",
+        tmp_path / "server.log",
+        1,
+        out,
+    )
+    record = read_json(out, DeployRecord)
+    assert record.agreement == 1.0
+    assert record.control_agreement < 0.9
+    assert record.tokens == sum(answer.tokens for answer in record.answers) >= 4 * 4
+    assert record.other_model_status == 400
+    assert " ".join(record.command) == "transformers serve {model} --host 127.0.0.1 --port {port} --device cpu"
+    assert record.environment == {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    assert record.weights == "decoded to BF16" and "48371" in record.why_decoded
+    assert any(answer.source_answer_differs for answer in record.answers)
+    assert not (tmp_path / "served").exists()
+
+
+def test_every_served_token_is_the_chains_own(served, packed):
+    answers = replayed(served, packed)
+    assert deploy.agreement_of(answers) == 1.0
+    assert all(answer.ids for answer in answers)
+    tokenizer = PackedCheckpoint(packed).tokenizer()
+    for answer in answers:
+        assert tokenizer.decode(answer.ids).startswith(answer.steps[len(answer.ids) - 1])
+
+
+@pytest.mark.parametrize("tensor", ["layers.0.self_attn.o_proj", "layers.1.mlp.down_proj", "layers.2.mlp.up_proj"])
+def test_one_doubled_global_scale_is_found(tmp_path, served, packed, tensor):
+    tensors = load_file(packed / "model.safetensors")
+    tensors[f"model.{tensor}.weight_global_scale"] *= 2
+    for path in packed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    save(tmp_path / "model.safetensors", tensors)
+    assert deploy.agreement_of(replayed(served, tmp_path)) < Deploy().agreement
+
+
+def test_another_checkpoint_is_found_and_named(tmp_path, served):
+    other = tiny.make_packed(tiny.make_source(tmp_path / "source", seed=1), tmp_path / "packed")
+    answers = replayed(served, other)
+    agreement = deploy.agreement_of(answers)
+    assert agreement < 0.5
+    message = deploy.wrong_model("tiny", answers, agreement, 0.97)
+    assert "tiny" in message and f"{agreement:.3f}" in message and "0.97" in message and "\n" not in message
+
+
+def test_a_packed_file_changed_after_packing_is_named(tmp_path, packed):
+    files = {path.name: file_entry(path) for path in packed.iterdir()}
+    tensors = load_file(packed / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_global_scale"] *= 2
+    save(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(RequantError, match=r"model\.safetensors: sha256 .*as packed"):
+        deploy.check_files(tmp_path, {"model.safetensors": files["model.safetensors"]})
+    with pytest.raises(RequantError, match=r"config\.json: not there"):
+        deploy.check_files(tmp_path, files)
+
+
+def test_a_test_that_cannot_tell_says_that_it_is_blind(served, packed):
+    class Deaf:
+        """A chain that says the same whichever block is left out."""
+
+        blocks = 3
+
+        def logits_of(self, tokens, skip_block=None):
+            return StreamedModel(PackedCheckpoint(packed)).logits_of(tokens)
+
+    with pytest.raises(RequantError, match="the test is blind"):
+        deploy.choose_control("tiny", Deaf(), replayed(served, packed), 0.97)
+
+
+def test_prompts_come_back_as_the_tokens_they_were():
+    tokenizer = tiny.tiny_tokenizer()
+    prompts = deploy.choose_prompts(tokenizer, tiny.heldout(), 8, 16)
+    rows = [" ".join(map(str, row)) for row in tiny.heldout().tolist()]
+    assert len(set(prompts)) == 8
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert any(" ".join(map(str, ids)) in row for row in rows)
+
+
+def test_padding_is_no_prompt():
+    tokenizer = tiny.tiny_tokenizer()
+    ids = tokenizer("the cat sat on a mat")["input_ids"]
+    heldout = torch.tensor([ids + [-1] * 20, [-1] * (len(ids) + 20)])
+    assert deploy.choose_prompts(tokenizer, heldout, 3, 16) == ["the cat sat on"]
+    with pytest.raises(RequantError, match="none of 0 documents"):
+        deploy.choose_prompts(tokenizer, heldout[1:], 3, 16)
+
+
+def test_sampling_settings_of_the_checkpoint_are_left_out(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "repetition_penalty": 1.3, "eos_token_id": [1]}')
+    deploy.make_greedy(tmp_path)
+    assert path.read_text() == '{"eos_token_id": [1]}'
+
+
+def test_a_killed_jobs_folder_is_emptied_first(tmp_path):
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "half").write_text("x")
+    with deploy.temporary_folder(tmp_path / "served") as folder:
+        assert list(folder.iterdir()) == []
+    assert not folder.exists()
+
+
+def test_an_engine_that_cannot_load_is_one_line_with_its_reason(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(RequantError) as raised, serving.serve(tmp_path / "nothing", tmp_path / "log"):
+        pass
+    message = str(raised.value)
+    assert str(tmp_path / "log") in message and "\n" not in message
+    assert "config.json" in message or "nothing" in message.split("served:")[1]
+
+
+def test_an_engine_that_dies_at_once_is_one_line_with_its_last_word(tmp_path, stand_in):
+    stand_in("dies")
+    with (
+        pytest.raises(RequantError, match="status 1 before it served: OSError: config.json has no model_type"),
+        serving.serve(tmp_path, tmp_path / "log"),
+    ):
+        pass
+
+
+def test_an_engine_that_never_gets_healthy_is_stopped(tmp_path, stand_in):
+    stand_in("sick")
+    with (
+        pytest.raises(RequantError, match="no answer to /health after 2 s: ") as raised,
+        serving.serve(tmp_path, tmp_path / "log", startup_seconds=2),
+    ):
+        pass
+    assert "startup_seconds" in str(raised.value) and "\n" not in str(raised.value)
+    for url in re.findall(r"http://127\.0\.0\.1:\d+", (tmp_path / "log").read_text()):
+        assert port_is_free(url)
+
+
+@pytest.mark.parametrize("behaviour", ["healthy", "stubborn"])
+def test_nothing_is_left_after_an_exception(tmp_path, stand_in, monkeypatch, behaviour):
+    stand_in(behaviour)
+    monkeypatch.setattr(serving, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ZeroDivisionError), serving.serve(tmp_path, tmp_path / "log") as server:
+        assert is_running(server.pid) and not port_is_free(server.url)
+        assert list(tmp_path.glob("requant-engine-*"))
+        raise ZeroDivisionError
+    assert not is_running(server.pid) and port_is_free(server.url)
+    assert not list(tmp_path.glob("requant-engine-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_after_the_job_is_ended(tmp_path, stand_in, number):
+    engine = stand_in("healthy")
+    program = f"""
+import signal, tempfile, time
+from requant import deploy, serving
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+serving._transformers_command = lambda: {str(engine)!r}
+tempfile.tempdir = {str(tmp_path)!r}
+with serving.unwinding_on_sigterm(), deploy.temporary_folder({str(tmp_path / "served")!r}):
+    with serving.serve({str(tmp_path)!r}, {str(tmp_path / "log")!r}) as server:
+        print(server.pid, server.url, flush=True)
+        time.sleep(60)
+"""
+    source = str(Path(serving.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
+    pid, url = job.stdout.readline().split()
+    assert is_running(int(pid)) and (tmp_path / "served").exists()
+    job.send_signal(number)
+    try:
+        job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode not in (0, None)
+    assert wait_for(lambda: not is_running(int(pid)) and port_is_free(url))
+    if number != signal.SIGKILL:  # no process can tidy up after that; the next run does
+        assert not (tmp_path / "served").exists() and not list(tmp_path.glob("requant-engine-*"))
+
+
+def test_the_engine_sees_no_credentials_and_no_cache(tmp_path, stand_in, monkeypatch):
+    stand_in("healthy")
+    for name in (
+        "HF_TOKEN",
+        "OPENAI_API_KEY",
+        "HUGGING_FACE_HUB_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PASSWORD",
+    ):
+        monkeypatch.setenv(name, "hush-hush")
+    with serving.serve(tmp_path, tmp_path / "log", threads=2) as server:
+        lines = Path(f"/proc/{server.pid}/environ").read_bytes().decode().split("\0")
+    seen = dict(line.split("=", 1) for line in lines if line)
+    assert "hush-hush" not in seen.values()
+    assert seen["HF_HUB_OFFLINE"] == "1" and seen["OMP_NUM_THREADS"] == "2"
+    assert "requant-engine-" in seen["HF_HOME"] and seen["HF_HUB_CACHE"].startswith(seen["HF_HOME"])

@@ -1,0 +1,127 @@
+"""Around a job: one-line errors, an end with the parent, left-over locks, imported modules."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from requant.imports import modules_of
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+
+
+def run_python(code, **options):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, **options)
+
+
+def test_an_expected_error_is_one_line_and_its_traceback_in_the_log(tmp_path):
+    done = run_python(
+        """
+        from requant.errors import RequantError
+        from requant.jobs import job
+        with job("logs/x.log"):
+            print("library talk")
+            raise RequantError("shard-3: 5 bytes found; expected 7")
+        """,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().split("\n")) == 1
+    assert done.stderr.strip().endswith("error: shard-3: 5 bytes found; expected 7")
+    assert done.stdout == ""
+    log = (tmp_path / "logs/x.log").read_text()
+    assert "library talk" in log and "Traceback" in log
+
+
+def test_an_unexpected_error_names_the_log(tmp_path):
+    done = run_python(
+        """
+        from requant.jobs import job
+        with job("logs/x.log"):
+            {}["key"]
+        """,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and "error: KeyError: 'key' (see logs/x.log)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_ends_with_its_parent(tmp_path):
+    """SIGKILL of the build must not leave a job that goes on writing."""
+    job = 'import time; from requant.jobs import job\nwith job("x.log"):\n open("started", "w").close(); time.sleep(60)'
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {job!r}])"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    _wait(lambda: (tmp_path / "started").exists())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    _wait(lambda: not _members(parent.pid))
+
+
+def _members(group):
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = (line.split() for line in listed.splitlines())
+    return [row for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+
+
+def _wait(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_a_dead_builds_lock_is_dropped_and_a_living_ones_kept(tmp_path):
+    locks = tmp_path / ".snakemake" / "locks"
+    locks.mkdir(parents=True)
+    code = "from requant.buildlock import drop_stale_locks; print(drop_stale_locks('.'), flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + "; input()"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline().strip() == "[]"
+    (locks / "0.input.lock").write_text("a\n")
+    assert run_python(code, cwd=tmp_path).stdout.strip() == "[]", "a build is alive: its lock stays"
+    assert (locks / "0.input.lock").exists()
+    holder.kill()
+    holder.wait()
+    assert run_python(code, cwd=tmp_path).stdout.strip() == "['0.input.lock']"
+    assert not list(locks.iterdir())
+
+
+def test_every_module_behind_a_script_is_found(tmp_path):
+    package = tmp_path / "requant"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("def f():\n    from requant import b\n")
+    (package / "b.py").write_text("from requant.c import x\nimport torch\n")
+    (package / "c.py").write_text("x = 1\n")
+    (package / "unused.py").write_text("")
+    (tmp_path / "script.py").write_text("from requant.a import f\n")
+    found = [Path(path).name for path in modules_of(tmp_path / "script.py", tmp_path)]
+    assert found == ["__init__.py", "a.py", "b.py", "c.py"]
+
+
+def test_planning_needs_no_torch():
+    """`snakemake -n` and the cards must not pay seconds for imports they do not use."""
+    done = run_python(
+        """
+        import sys
+        import requant.architecture, requant.benchmark, requant.buildlock, requant.calibration, requant.card
+        import requant.config, requant.imports, requant.locks, requant.provenance, requant.records
+        print([name for name in ("torch", "transformers", "lm_eval") if name in sys.modules])
+        """
+    )
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,242 @@
+"""Verification finds what is wrong with a packed release, and names the tensor."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from requant.checkpoint import Checkpoint
+from requant.config import VERIFY_DEFAULTS, Tuning
+from requant.errors import RequantError
+from requant.packed import PackedCheckpoint, write_decoded
+from requant.packing import link_or_copy, pack
+from requant.quantize import BlockJob, quantize_block
+from requant.safetensors_io import save
+from requant.streamed import StreamedModel
+from requant.verify import compare, verify
+
+
+def make_release(folder: Path, source: Path, scheme: str) -> Path:
+    """A packed release of plainly rounded blocks: no calibration chain is needed to check verification."""
+    tokens = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ones = torch.ones(4, 16, dtype=torch.uint8)
+    save(
+        folder / "t.safetensors",
+        {"calibration": tokens, "heldout": tokens.clone(), "calibration_mask": ones, "heldout_mask": ones.clone()},
+    )
+    model = StreamedModel(Checkpoint(source))
+    hidden = model.embed(tokens)
+    save(folder / "-1.safetensors", {"calibration": hidden})
+    for block in range(model.blocks):
+        hidden = model.run(model.block(block), hidden)
+        save(folder / f"{block}.safetensors", {"calibration": hidden})
+        job = BlockJob(
+            source=source,
+            release="r",
+            model="m",
+            block=block,
+            scheme=scheme,
+            tuning=Tuning(iters=0),
+            keep=["kv_b"],
+            tokens=folder / "t.safetensors",
+            hidden=folder / f"{block - 1}.safetensors",
+            targets=folder / f"{block}.safetensors",
+        )
+        quantize_block(
+            job, folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json", folder / "next.safetensors"
+        )
+    pack(source, "r", "m", scheme, folder / "blocks", folder / "model", folder / "pack.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("verify") / "moe", "deepseek_v3", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module", params=["NVFP4", "W3A16"])
+def made(request, source, tmp_path_factory):
+    folder = make_release(tmp_path_factory.mktemp("made"), source, request.param)
+    return request.param, folder
+
+
+@pytest.fixture
+def release(made, tmp_path):
+    scheme, folder = made
+    return scheme, Path(shutil.copytree(folder, tmp_path / "release"))
+
+
+def check(source, release, limits=None):
+    scheme, folder = release
+    return verify(source, folder / "model", "r", limits or VERIFY_DEFAULTS[scheme], 8, folder / "verify.json")
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """Changes one stored tensor of the release."""
+    packed = PackedCheckpoint(folder / "model")
+    shard = folder / "model" / packed.stored[name]
+    tensors = load_file(shard)
+    tensors[name] = change(tensors[name].clone())
+    save(shard, tensors)
+
+
+def test_a_good_release_passes_and_the_record_counts_everything(source, release):
+    record = check(source, release)
+    tensors = Checkpoint(source).index
+    assert len(record.tensors) + record.unchanged == record.source_tensors == len(tensors)
+    assert record.codes_rederived == len(record.tensors) and record.public_decoder_tensors == 8
+    assert record.tensors[record.lowest_cosine_tensor].cosine == record.lowest_cosine
+    name = record.lowest_cosine_tensor
+    weight = Checkpoint(source).read([name])[name].double()
+    decoded = torch.from_numpy(PackedCheckpoint(release[1] / "model").decoded(name)).double()
+    assert record.lowest_cosine == pytest.approx(float(torch.cosine_similarity(weight.flatten(), decoded.flatten(), 0)))
+    assert record.tensors[name].relative_mae == pytest.approx(
+        float((weight - decoded).abs().mean() / weight.abs().mean())
+    )
+
+
+def test_a_code_of_the_wrong_size_of_error_fails_the_limits(source, release):
+    with pytest.raises(RequantError, match=r"weight: cosine 0\.\d+ against the source; expected 0.9999 or more"):
+        check(source, release, (0.9999, 1.0))
+    with pytest.raises(RequantError, match=r"weight: relative MAE 0\.\d+ against the source; expected 0.001 or less"):
+        check(source, release, (0.5, 0.001))
+
+
+NAME = "model.layers.1.mlp.experts.5.up_proj"
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale"])
+def test_damaged_parts_are_found(source, release, part):
+    def damage(tensor):
+        raw = tensor.view(torch.uint8)
+        raw[: len(raw) // 2] ^= 0x44
+        return tensor
+
+    edit(release[1], f"{NAME}.{part}", damage)
+    with pytest.raises(RequantError, match=rf"{NAME}.weight: "):
+        check(source, release)
+
+
+def test_a_doubled_global_scale_is_found(source, release):
+    if release[0] != "NVFP4":
+        return
+    edit(release[1], f"{NAME}.weight_global_scale", lambda tensor: tensor * 2)
+    with pytest.raises(RequantError, match=rf"{NAME}.weight: relative MAE"):
+        check(source, release)
+
+
+def test_scales_that_differ_within_a_fused_group_are_found(source, release):
+    """Both weights are right by themselves, but an engine would use one scale for the pair."""
+    if release[0] != "NVFP4":
+        return
+    folder = release[1]
+    from requant.encoding import QuantizedWeight, encode
+    from requant.nvfp4 import global_scale
+    from requant.schemes import SCHEMES
+
+    weight = Checkpoint(source).read([f"{NAME}.weight"])[f"{NAME}.weight"]
+    own = global_scale(weight.abs().amax()) * 1.25
+    from requant.encoding import plain_rounding
+
+    rounded = plain_rounding(weight, own, SCHEMES["NVFP4"])
+    parts = encode(NAME, QuantizedWeight(rounded.weight, rounded.scales, own), torch.ones(1), SCHEMES["NVFP4"])
+    for name, tensor in parts.items():
+        edit(folder, name, lambda _, tensor=tensor: tensor)
+    with pytest.raises(RequantError, match=r"weight_global_scale differs within a fused group \(gate_proj .*up_proj"):
+        check(source, release)
+
+
+def test_two_swapped_experts_are_found(source, release):
+    folder = release[1]
+    a, b = (f"model.layers.1.mlp.experts.{expert}.down_proj.weight_packed" for expert in (0, 3))
+    packed = PackedCheckpoint(folder / "model")
+    first = load_file(folder / "model" / packed.stored[a])[a]
+    second = load_file(folder / "model" / packed.stored[b])[b]
+    edit(folder, a, lambda _: second)
+    edit(folder, b, lambda _: first)
+    with pytest.raises(RequantError, match=r"experts.0.down_proj.weight: "):
+        check(source, release)
+
+
+def test_an_unquantized_tensor_that_changed_is_found(source, release):
+    edit(release[1], "model.layers.1.mlp.gate.weight", lambda tensor: tensor + 0.01)
+    with pytest.raises(RequantError, match="model.layers.1.mlp.gate.weight: differs from the source"):
+        check(source, release)
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"), [(True, "is missing; the source has it"), (False, "the source has no such")]
+)
+def test_every_tensor_is_accounted_for(source, release, remove, message):
+    index = release[1] / "model" / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    if remove:
+        del data["weight_map"]["model.norm.weight"]
+    else:
+        data["weight_map"]["model.extra.weight"] = data["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(data))
+    with pytest.raises(RequantError, match=message):
+        check(source, release)
+
+
+def test_shards_are_the_block_files_and_bytes_are_shared(made):
+    _, folder = made
+    for block in range(2):
+        shard = folder / "model" / f"model-{block + 1:05d}-of-00003.safetensors"
+        assert shard.samefile(folder / "blocks" / f"{block}.safetensors")
+
+
+def test_copying_where_links_are_impossible(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"weights")
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert link_or_copy(tmp_path / "a", tmp_path / "b") is False
+    assert (tmp_path / "b").read_bytes() == b"weights" and not (tmp_path / "b").samefile(tmp_path / "a")
+
+
+def test_decoded_checkpoint_loads_in_transformers_with_the_verified_weights(source, made, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    _, folder = made
+    write_decoded(folder / "model", tmp_path / "decoded")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16)
+    packed = PackedCheckpoint(folder / "model")
+    decoded = torch.from_numpy(packed.decoded(f"{NAME}.weight")).to(torch.bfloat16)
+    assert torch.equal(model.model.layers[1].mlp.experts.gate_up_proj[5, 128:], decoded)
+
+
+def test_transformers_reads_the_w3a16_release_as_it_is(made):
+    """The layout is one that a public loader reads right: every weight, experts included, and the logits."""
+    from transformers import AutoModelForCausalLM
+
+    scheme, folder = made
+    if scheme != "W3A16":
+        return
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16).eval()
+    tokens = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        logits = model(tokens).logits.float()
+    packed = PackedCheckpoint(folder / "model")
+    experts = model.model.layers[1].mlp.experts
+    for expert in range(8):
+        decoded = torch.from_numpy(packed.decoded(f"model.layers.1.mlp.experts.{expert}.up_proj.weight"))
+        assert torch.equal(experts.gate_up_proj[expert, 128:].float(), decoded.to(torch.bfloat16).float())
+    ours = StreamedModel(packed).logits_of(tokens)
+    assert (logits - ours).abs().max() < 0.05 * ours.abs().max()
+
+
+def test_compare_gives_the_textbook_figures():
+    import numpy as np
+
+    source, decoded = np.array([1.0, -2.0, 2.0]), np.array([1.0, -2.0, 1.0])
+    cosine, relative, sqnr = compare(source, decoded)
+    assert cosine == pytest.approx(7 / (3 * 6**0.5))
+    assert relative == pytest.approx(1 / 5)
+    assert sqnr == pytest.approx(10 * np.log10(9.0))
