@@ -23,6 +23,5 @@ rule calibrate:
     params:
         source=source_path_of,
         calibration=calibration_config,
-        trust_remote_code=trusts_code,
     script:
         "../scripts/calibrate.py"

@@ -2,7 +2,6 @@
 What the rules share: the parsed config, and input and parameter functions named for what they mean.
 """
 
-import json
 import os
 import sys
 from functools import cache
@@ -25,7 +24,7 @@ from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
 from requant.errors import RequantError
 from requant.imports import modules_of
-from requant.locks import tensors_of
+from requant.locks import load_lock, tensors_of
 
 
 wildcard_constraints:
@@ -45,7 +44,8 @@ def or_stop(function, *arguments):
         raise WorkflowError(str(error)) from None
 
 
-CONFIG = or_stop(parse_config, config)
+# `--config model=NAME` belongs to the rule `lock`.
+CONFIG = or_stop(parse_config, {key: value for key, value in config.items() if key != "model"})
 
 if workflow.is_main_process:
     drop_stale_locks(os.getcwd())
@@ -55,28 +55,33 @@ if workflow.is_main_process:
 
 
 def located(path):
-    """A path of the config: relative to the working directory, else to the directory of the Snakefile."""
+    """A path of the config: relative to the working directory, else to the directory of the Snakefile.
+
+    What the graph makes is always in the working directory.
+    """
     beside = Path(workflow.basedir) / path
-    return str(beside) if not Path(path).exists() and beside.exists() else path
+    made_here = Path(path).parts[:1] == ("results",)
+    return str(beside) if not made_here and not Path(path).exists() and beside.exists() else path
 
 
 def source_dir(model):
-    return located(CONFIG.models[model].path)
+    return located(os.path.expanduser(CONFIG.models[model].path).rstrip("/"))
 
 
 def lock_file(model):
-    """The model's lock, or None for a local checkpoint that has none."""
-    path = located(f"locks/{model}.json")
-    return path if Path(path).exists() else None
+    """The model's lock, or None for a local checkpoint that has none. The checkout's locks pin its own models only."""
+    here = Path("locks") / f"{model}.json"
+    beside = Path(workflow.basedir) / here
+    own = Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
+    return next((str(path) for path in (here, beside) if path.exists() and (path == here or own)), None)
 
 
 @cache
 def checkpoint_plan(model):
     """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
     if (path := lock_file(model)) is not None:
-        lock = json.loads(Path(path).read_text())
-        shard_of = {name: entry["shard"] for name, entry in lock["tensors"].items()}
-        return lock["config"], shard_of, sorted(lock["files"])
+        lock = or_stop(load_lock, path)
+        return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
     shard_of = {name: entry.shard for name, entry in or_stop(tensors_of, source_dir(model)).items()}
     index = [INDEX] if (local.directory / INDEX).exists() else []
@@ -139,7 +144,8 @@ def source_file(wildcards):
 
 
 def lock_of(wildcards):
-    return lock_file(wildcards.model) or []
+    """The model's lock as a list of one, or of none."""
+    return list(filter(None, [lock_file(wildcards.model)]))
 
 
 def checked_files(wildcards):
@@ -185,14 +191,17 @@ def tokenizer_files(wildcards):
 
 
 def calibration_config(wildcards):
-    return CONFIG.calibrations[wildcards.calibration].model_dump(mode="json")
+    """A calibration's settings, its texts where they are found."""
+    settings = CONFIG.calibrations[wildcards.calibration].model_dump(mode="json")
+    for source in [*settings["sources"], *(settings["heldout"]["sources"] or [])]:
+        source["path"] = located(source["path"])
+    return settings
 
 
 def calibration_texts(wildcards):
     """The text files of a calibration, held-out ones included."""
-    calibration = CONFIG.calibrations[wildcards.calibration]
-    sources = [*calibration.sources, *(calibration.heldout.sources or [])]
-    return [located(source.path) for source in sources]
+    settings = calibration_config(wildcards)
+    return [source["path"] for source in [*settings["sources"], *(settings["heldout"]["sources"] or [])]]
 
 
 def tokens_of(wildcards):
@@ -281,10 +290,6 @@ def limits_of(wildcards):
 
 def verify_samples(wildcards):
     return release_of(wildcards).verify.public_decoder_samples
-
-
-def trusts_code(wildcards):
-    return CONFIG.models[model_of(wildcards)].trust_remote_code
 
 
 DEMO_DOCUMENTS = {

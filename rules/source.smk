@@ -61,20 +61,19 @@ rule lock:
 rule demo_text:
     input:
         generator=located("demo/generate.py"),
+        lib=modules("demo_text"),
     output:
         text="results/demo/{split}/{kind}.jsonl",
     log:
         "logs/demo_text/{split}-{kind}.log",
     benchmark:
         "results/benchmarks/demo_text/{split}-{kind}.tsv"
+    conda:
+        "../envs/requant.yaml"
     wildcard_constraints:
         split="calibration|test",
         kind="stories|exercises",
-    conda:
-        "../envs/requant.yaml"
     params:
         documents=demo_documents,
-        python=sys.executable,
-    shell:
-        "{params.python} {input.generator} --split {wildcards.split} --kind {wildcards.kind} "
-        "--documents {params.documents} --seed 1 --out {output.text} > {log} 2>&1"
+    script:
+        "../scripts/demo_text.py"

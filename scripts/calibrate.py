@@ -17,7 +17,6 @@ with job(snakemake.log[0]):
         Calibration.model_validate(snakemake.params.calibration),
         snakemake.output.tokens,
         snakemake.output.record,
-        trust_remote_code=snakemake.params.trust_remote_code,
     )
     for part, found in (("calibration", record.calibration_set), ("held-out", record.heldout_set)):
         progress(f"{record.calibration}: {found.samples} {part} samples of {record.seqlen}, {found.tokens} tokens")

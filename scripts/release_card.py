@@ -14,7 +14,7 @@ with job(snakemake.log[0]):
     from requant.records import write_json, write_text
 
     facts = load_release(Path(), **snakemake.params.subject)
-    commit = git_commit(snakemake.scriptdir)
+    commit = git_commit(Path(snakemake.scriptdir).parent)
     provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
     figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name)
     write_text(snakemake.output.readme, render_release_card(facts, provenance, figures))

@@ -1,20 +1,18 @@
 """Describes a source whose files are all checked; parameters and experts are counted from its tensors."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.jobs import job, progress
 from requant.locks import load_lock, source_record
-from requant.records import FileEntry, read_json, write_json
+from requant.records import CheckedFile, read_json, write_json
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake.log[0]):
-    start = time.monotonic()
     lock = load_lock(snakemake.input.lock[0]) if snakemake.input.lock else None
-    files = {Path(path).name.removesuffix(".json"): read_json(path, FileEntry) for path in snakemake.input.files}
-    record = source_record(snakemake.wildcards.model, snakemake.params.path, lock, files, time.monotonic() - start)
+    files = {Path(path).name.removesuffix(".json"): read_json(path, CheckedFile) for path in snakemake.input.files}
+    record = source_record(snakemake.wildcards.model, snakemake.params.path, lock, files)
     write_json(snakemake.output.record, record)
     progress(f"{record.model}: {record.parameters} parameters in {record.tensors} tensors, {record.blocks} blocks")

@@ -76,7 +76,9 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_checkpoint(directory: Path, model_type: str, seed: int = 0, **changes) -> Path:
+def write_checkpoint(
+    directory: Path, model_type: str, seed: int = 0, shard_size: str = "400KB", **changes
+) -> Path:
     """A random BF16 checkpoint of `model_type` in several shards. Weights are larger than usual, so that every
     block moves the logits."""
     import torch
@@ -86,6 +88,6 @@ def write_checkpoint(directory: Path, model_type: str, seed: int = 0, **changes)
     config = CONFIG_MAPPING[model_type](**(FAMILIES[model_type] | changes), initializer_range=0.08)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, max_shard_size="400KB")
+    model.save_pretrained(directory, max_shard_size=shard_size)
     write_tokenizer(directory)
     return directory

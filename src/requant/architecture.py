@@ -40,6 +40,11 @@ def block_of(tensor: str, blocks: int) -> int | None:
     return int(match[1]) if match and int(match[1]) < blocks else None
 
 
+def is_drafting(tensor: str, blocks: int) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer, stored behind the decoder blocks."""
+    return BLOCK_TENSOR.fullmatch(tensor) is not None and block_of(tensor, blocks) is None
+
+
 def expert_counts(tensors: list[str] | dict, blocks: int) -> dict[int, int]:
     """Routed experts of each MoE block, counted from tensor names."""
     experts: dict[int, set[int]] = {}

@@ -147,6 +147,11 @@ def tune(
     finally:
         logger.removeHandler(losses)
         logger.setLevel(level)
+    if len(losses.values) != tuning.iters:
+        raise RequantError(
+            f"AutoRound {engine_version()} reported {len(losses.values)} losses; expected {tuning.iters}: "
+            "its log records are not those of 0.16.1"
+        )
     factor = 1.0 if mask is None else mask.numel() / float(mask.sum())
     return Tuned(_collect(block, linears, scheme), [loss * factor for loss in losses.values])
 

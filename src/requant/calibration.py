@@ -7,6 +7,7 @@ calibration documents whose hash says so.
 import hashlib
 import json
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def read_documents(source: TextSource) -> list[str]:
         documents = [part.strip() for part in text.split("\n\n")]
     else:
         documents = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part a text at U+2028
+            if not line.strip():
+                continue
             try:
                 documents.append(json.loads(line)[source.field])
             except (ValueError, KeyError, TypeError):
@@ -161,15 +164,15 @@ def make_token_sets(
     calibration: Calibration,
     out_tokens: str | Path,
     out_record: str | Path,
-    trust_remote_code: bool = False,
 ) -> CalibrationRecord:
     """Writes the calibration and held-out tokens of `calibration` for the tokenizer of the checkpoint in `source`."""
     import torch
 
     from requant.safetensors_io import save
 
+    start = time.monotonic()
     checkpoint = Checkpoint(source)
-    tokenizer = checkpoint.tokenizer(trust_remote_code)
+    tokenizer = checkpoint.tokenizer()
     held_sources = calibration.heldout.sources
     texts = [(text, read_documents(text)) for text in calibration.sources]
     if held_sources is None:
@@ -202,6 +205,7 @@ def make_token_sets(
         seed=calibration.seed,
         calibration_set=_set_record(sets["calibration"]),
         heldout_set=_set_record(sets["heldout"]),
+        seconds=time.monotonic() - start,
     )
     write_json(out_record, record)
     return record

@@ -374,7 +374,13 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
     for facts in releases:
         model, paths = facts.source.model, facts.paths
         stages += [
-            Stage(f"Check the shards of `{model}`", 1, facts.source.seconds, paths.source),
+            Stage(f"Check the files of `{model}`", len(facts.source.files), facts.source.seconds, paths.source),
+            Stage(
+                f"Tokens of `{model}` and `{facts.calibration.calibration}`",
+                1,
+                facts.calibration.seconds,
+                paths.calibration,
+            ),
             Stage(
                 f"Reference chain of `{model}` over `{facts.calibration.calibration}`",
                 len(facts.routing),
@@ -427,9 +433,9 @@ def sources(releases: Sequence[ReleaseFacts]) -> list[ReleaseFacts]:
 
 
 def shell_command(deploy: DeployRecord) -> str:
-    """The served command as a shell reads it, {model} left as it is."""
+    """The served command as a shell reads it, {model} and {port} left as they are."""
     words = [f"{key}={shlex.quote(value)}" for key, value in sorted(deploy.environment.items())]
-    words += [word if "{model}" in word else shlex.quote(word) for word in deploy.command]
+    words += [word if word.startswith("{") else shlex.quote(word) for word in deploy.command]
     return " ".join(words)
 
 

@@ -80,10 +80,10 @@ class Checkpoint:
         """The tensors `names` as they are stored."""
         return read_tensors(self.directory, self.index, names)
 
-    def tokenizer(self, trust_remote_code: bool = False):
+    def tokenizer(self):
         """The checkpoint's tokenizer. RequantError if its files are missing."""
         from transformers import AutoTokenizer
 
         if not any((self.directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
-        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)

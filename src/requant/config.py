@@ -33,7 +33,6 @@ class Model(Section):
     license: str | None = Field(
         None, description="licence of the weights, as the hub names it (mit, apache-2.0, other)"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that ships with the checkpoint")
 
 
 class TextSource(Section):

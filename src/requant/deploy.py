@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 # less than 2^-7 |l| may change places. A token within that distance of the chain's best is the same choice.
 TIE = 2.0**-7
 TIE_TEXT = "served token within 2^-7 |l| of the chain's best logit l: one rounding step of BF16"
+ENOUGH = 0.25  # part of the served tokens that has to be told from their text, or the check means little
 ROUNDS = 4  # passes through the chain at most; one is enough unless a token's text leaves its id open
 RANKED = 256  # candidates for a token whose text leaves its id open
 WHY_DECODED = {
     "nvfp4-pack-quantized": (
         "transformers loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their "
-        "global scale (huggingface/transformers issue 48371), and no engine computes NVFP4 on a CPU"
+        "global scale (huggingface/transformers issue 48371), and no engine computes NVFP4 on a CPU; served this way, "
+        "activations stay in BF16, while the evaluation rounds them to NVFP4 as the format does"
     ),
     "pack-quantized": (
         "no engine computes packed integer mixture-of-experts weights of every width on a CPU; activations "
@@ -100,6 +102,12 @@ def smoke_test(
     progress(f"{release}: replaying {sum(len(answer.steps) for answer in served)} served tokens, block by block")
     own = StreamedModel(checkpoint)
     replay(own, tokenizer, served)
+    steps, judged = sum(len(answer.steps) for answer in served), sum(len(answer.agrees) for answer in served)
+    if judged < steps * ENOUGH:
+        raise RequantError(
+            f"{release}: {judged} of {steps} served tokens could be told from their text; expected {ENOUGH:.0%} or more: "
+            "raise `deploy.prompts`, or choose other held-out text"
+        )
     agreement = agreement_of(served)
     if agreement < settings.agreement:
         raise RequantError(wrong_model(release, served, agreement, settings.agreement))

@@ -10,9 +10,16 @@ from pathlib import Path
 
 PACKAGE = "requant"
 
+# Modules that name, check and report but compute nothing: values reach a job as params, records are checked when they
+# are read. A new field of a record must not cost hours of tuning.
+NOT_COMPUTING = ("__init__", "config", "errors", "imports", "jobs", "records", "whole")
+
 
 def modules_of(script: str | Path, source_root: str | Path) -> list[str]:
-    """Files of the package under `source_root` that `script` imports, directly or through one another, sorted."""
+    """Files of the package under `source_root` that `script` imports, directly or through one another, sorted.
+
+    Those that compute nothing are left out.
+    """
     root = Path(source_root)
     found: set[Path] = set()
     waiting = list(_imports(Path(script), root))
@@ -21,7 +28,7 @@ def modules_of(script: str | Path, source_root: str | Path) -> list[str]:
         if module not in found:
             found.add(module)
             waiting += _imports(module, root)
-    return sorted(str(module) for module in found)
+    return sorted(str(module) for module in found if module.stem not in NOT_COMPUTING)
 
 
 @cache

@@ -1,17 +1,17 @@
 """Locks: what a model is, pinned. Made from a directory by reading headers and hashing; checked shard by shard."""
 
 import hashlib
-import json
 from functools import cache
 from pathlib import Path
 
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
-from requant.records import FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
+from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
 from requant.safetensors_io import file_entry, read_header
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
+# The dtype of a source, and the one tensor that DeepSeek checkpoints keep in float32.
+DTYPE, FLOAT32_TENSOR = "BF16", "e_score_correction_bias"
 
 
 @cache
@@ -91,18 +91,19 @@ def check_file(directory: str | Path, name: str, lock: Lock | None) -> FileEntry
 
 
 def source_record(
-    model: str, directory: str | Path, lock: Lock | None, files: dict[str, FileEntry], seconds: float
+    model: str, directory: str | Path, lock: Lock | None, checked: dict[str, CheckedFile]
 ) -> SourceRecord:
     """Describes a checked source; parameters and experts are counted from its tensors.
 
-    Raises RequantError for an unknown family, FP8 weights, or blocks that config.json counts but no tensor has.
+    Raises RequantError for an unknown family, another dtype than BF16, or blocks that config.json counts but no tensor has.
     """
-    checkpoint = Checkpoint(directory)
-    config = checkpoint.config
+    files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
+    config = Checkpoint(directory).config
     tensors = lock.tensors if lock else tensors_of(str(directory))
     family(config)
-    if float8 := [name for name, entry in tensors.items() if entry.dtype in FLOAT8]:
-        raise RequantError(f"{directory}: {float8[0]} is stored in FP8; expected a BF16, F16 or F32 checkpoint")
+    for name, entry in sorted(tensors.items()):
+        if entry.dtype != DTYPE and not (entry.dtype == "F32" and name.endswith(FLOAT32_TENSOR)):
+            raise RequantError(f"{directory}: {name} is stored in {entry.dtype}; expected a {DTYPE} checkpoint")
     blocks = block_count(config)
     held = {block_of(name, blocks) for name in tensors} - {None}
     if missing := sorted(set(range(blocks)) - held):
@@ -128,7 +129,7 @@ def source_record(
         experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
         moe_blocks=len(experts),
         dense_blocks=blocks - len(experts),
-        seconds=seconds,
+        seconds=sum(entry.seconds for entry in checked.values()),
     )
 
 
@@ -153,8 +154,3 @@ def load_lock(path: str | Path) -> Lock:
 def write_lock(model: str, directory: str | Path, path: str | Path) -> None:
     """Makes the lock of `directory` and writes it to `path`."""
     write_json(path, make_lock(model, directory))
-
-
-def lock_revision(path: str | Path) -> str:
-    """The revision that a lock file pins, without validating the rest."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))["revision"]

@@ -4,21 +4,21 @@ Shard i is block i's file; the last shard holds what belongs to no block (embedd
 multi-token prediction), as in the source.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
-from requant.architecture import EXPERT_TENSOR, block_of, expert_counts
-from requant.checkpoint import INDEX, Checkpoint
+from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, is_drafting
+from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.locks import elements, shared_experts, tensors_of
 from requant.records import BlockRecord, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, file_entry, read_header, save
 from requant.schemes import SCHEMES
+from requant.whole import written_whole
 
 
 def shard_name(number: int, blocks: int) -> str:
@@ -31,18 +31,13 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
     Returns whether the bytes are shared.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    linked = True
-    try:
-        os.link(source, partial)
-    except OSError:
-        linked = False
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
-    with contextlib.suppress(FileNotFoundError):  # rename does nothing where both names are one file already
-        partial.unlink()
-    return linked
+    with written_whole(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
+            return False
+    return True
 
 
 def pack(
@@ -68,18 +63,21 @@ def pack(
     sizes = sum(_bytes(entry) for entry in stored.values())
     index = {"metadata": {"total_size": sizes}, "weight_map": {name: stored[name].shard for name in sorted(stored)}}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
-    kept = sorted({"lm_head"} | {name for record in records for name in record.kept} | routers(checkpoint.index))
+    matrices = {name.removesuffix(".weight") for name in rest if len(stored[name].shape) == 2 and "embed" not in name}
+    kept = sorted({"lm_head"} | matrices | {name for record in records for name in record.kept} | routers(checkpoint.index))
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = quantization_config(scheme, kept)
     write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in checkpoint.carried_files:
-        copy_whole(checkpoint.directory / name, out / name)
+        with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
+            shutil.copyfile(checkpoint.directory / name, partial)
 
     tensors = tensors_of(str(source))
-    record = _count(release, model, scheme.name, checkpoint, tensors, stored, quantized)
+    counted = _count(release, model, scheme.name, checkpoint, tensors, stored, quantized)
     names = ["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))]
+    remove_strangers(out, names)
     record = PackRecord(
-        **record,
+        **counted,
         files={name: file_entry(out / name) for name in sorted(names)},
         bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
         source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
@@ -90,11 +88,11 @@ def pack(
     return record
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    """Copies a small file whole: a release must not share its tokenizer's bytes with the user's source."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
+def remove_strangers(out: Path, names: list[str]) -> None:
+    """Removes shards and tokenizer files that an earlier release of this name left in `out`."""
+    for path in out.iterdir():
+        if path.name not in names and (path.suffix in (".safetensors", ".partial") or path.name in TOKENIZER_FILES):
+            path.unlink()
 
 
 def routers(names: dict | list) -> set[str]:
@@ -128,6 +126,7 @@ def _count(
     for name, entry in source.items():
         if EXPERT_TENSOR.fullmatch(name) and (block := block_of(name, blocks)) is not None:
             in_experts[block] = in_experts.get(block, 0) + elements(entry)
+    drafting = sum(elements(entry) for name, entry in source.items() if is_drafting(name, blocks))
     idle = sum(count * (experts[block] - per_token) // experts[block] for block, count in in_experts.items())
     parameters = sum(elements(entry) for entry in source.values())
     return {
@@ -143,5 +142,5 @@ def _count(
         "routed_experts": next(iter(experts.values()), 0),
         "shared_experts": shared_experts(config, list(source)),
         "experts_per_token": per_token,
-        "activated_parameters": parameters - idle,
+        "activated_parameters": parameters - idle - drafting,
     }

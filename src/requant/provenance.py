@@ -81,7 +81,9 @@ def tuning_runs(blocks: Sequence[BlockRecord]) -> list[TuningRun]:
 
 
 def git_commit(directory: str | Path) -> str | None:
-    """The git commit of the checkout that `directory` is in, marked -dirty if files were changed since."""
+    """The git commit of the checkout `directory`, marked -dirty if files were changed since; None if it is none."""
+    if not (Path(directory) / ".git").exists():  # else an outer repository would answer
+        return None
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

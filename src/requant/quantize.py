@@ -20,7 +20,7 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight, encode, plain_rounding
 from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
-from requant.packed import decode_parts, input_rounder
+from requant.packed import PARTS, decode_parts, input_rounder
 from requant.records import BlockRecord, write_json
 from requant.routing import observe
 from requant.safetensors_io import save
@@ -211,11 +211,11 @@ def shipped_block(
 ) -> nn.Module:
     """The block as a reader of its packed tensors gets it: weights decoded, inputs rounded as the scheme says."""
     prefix = f"model.layers.{block}."
-    packed = {name for linear in linears for name in tensors if name.startswith(f"{linear}.")}
+    parts = {name: {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors} for name in linears}
+    packed = {f"{name}.{part}" for name, found in parts.items() for part in found}
     plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
-    for name in linears:
-        parts = {part.removeprefix(f"{name}."): tensors[part] for part in packed if part.startswith(f"{name}.")}
-        plain[f"{name}.weight"] = torch.from_numpy(decode_parts(parts, scheme)).to(torch.bfloat16)
+    for name, found in parts.items():
+        plain[f"{name}.weight"] = torch.from_numpy(decode_parts(found, scheme)).to(torch.bfloat16)
     module = fill(
         empty_block(type(model.empty.model.layers[block]), model.config, block),
         {name.removeprefix(prefix): tensor for name, tensor in plain.items()},

@@ -5,13 +5,13 @@ Units stand in the field names or descriptions; tensors are named as in the chec
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from requant.errors import RequantError
+from requant.whole import written_whole
 
 
 class Record(BaseModel):
@@ -23,6 +23,12 @@ class Record(BaseModel):
 class FileEntry(Record):
     size: int = Field(description="bytes")
     sha256: str
+
+
+class CheckedFile(FileEntry):
+    """results/source/{model}/files/{file}.json: a file of a source, as found."""
+
+    seconds: float = Field(description="of hashing and comparing")
 
 
 class TensorEntry(Record):
@@ -59,7 +65,7 @@ class SourceRecord(Record):
     experts_per_token: int
     moe_blocks: int
     dense_blocks: int
-    seconds: float
+    seconds: float = Field(description="of checking all files, one after another")
 
 
 class TextSourceRecord(Record):
@@ -91,6 +97,7 @@ class CalibrationRecord(Record):
     seed: int
     calibration_set: TokenSetRecord
     heldout_set: TokenSetRecord
+    seconds: float
 
 
 class RoutingRecord(Record):
@@ -156,7 +163,7 @@ class PackRecord(Record):
     routed_experts: int
     shared_experts: int
     experts_per_token: int
-    activated_parameters: int = Field(description="used for one token: all but the experts that are not chosen")
+    activated_parameters: int = Field(description="used for one token: all but experts that are not chosen, and multi-token prediction")
     hard_linked: bool = Field(description="shards share their bytes with blocks/")
     seconds: float
 
@@ -290,11 +297,8 @@ def write_json(path: str | Path, record: Record) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 `text` whole: to a temporary name beside `path`, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path, kind: type[R]) -> R:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.errors import RequantError
 from requant.records import FileEntry, TensorEntry
+from requant.whole import written_whole
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +86,5 @@ def save(path: str | Path, tensors: dict[str, "torch.Tensor"]) -> None:
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})

@@ -86,7 +86,7 @@ def test_a_block_with_a_missing_tensor_or_a_wrong_shape_is_refused(tmp_path):
     wider = Checkpoint(source)
     wider.config["moe_intermediate_size"] = 256
     with pytest.raises(
-        RequantError, match=r"gate_proj.weight: shape \[128, 128\] found; config.json gives \[256, 128\]"
+        RequantError, match=r"down_proj.weight: shape \[128, 128\] found; config.json gives \[128, 256\]"
     ):
         StreamedModel(wider).block(1)
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
 from requant.errors import RequantError
@@ -108,10 +109,9 @@ def test_no_safetensors_file_is_said_so(tmp_path, content):
 
 def test_counts_come_from_tensors(source):
     lock = make_lock("moe", source)
-    record = source_record("moe", source, lock, lock.files, 0.0)
+    record = source_record("moe", source, lock, {})
     assert (record.blocks, record.dense_blocks, record.moe_blocks) == (3, 1, 2)
     assert (record.routed_experts, record.shared_experts, record.experts_per_token) == (8, 1, 2)
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
@@ -121,14 +121,14 @@ def test_counts_come_from_tensors(source):
 
 def test_fp8_and_unknown_families_are_refused(source):
     lock = make_lock("moe", source)
-    name = next(iter(lock.tensors))
+    name = min(lock.tensors)
     lock.tensors[name].dtype = "F8_E4M3"
-    with pytest.raises(RequantError, match=rf"{name} is stored in FP8; expected a BF16"):
-        source_record("moe", source, lock, lock.files, 0.0)
+    with pytest.raises(RequantError, match=rf"{name} is stored in F8_E4M3; expected a BF16 checkpoint"):
+        source_record("moe", source, lock, {})
     config = json.loads((source / "config.json").read_text()) | {"model_type": "gpt_oss"}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(RequantError, match=r"model_type: 'gpt_oss'; known families: deepseek_v3, llama"):
-        source_record("moe", source, None, {}, 0.0)
+        source_record("moe", source, None, {})
 
 
 def test_saved_files_are_the_same_every_time(source, tmp_path):

@@ -87,8 +87,9 @@ def test_tuned_weights_are_what_the_file_decodes_to(chain, tmp_path, monkeypatch
     for name, quantized in seen.items():
         module = f"model.layers.1.{name}"
         parts = {key.removeprefix(f"{module}."): t for key, t in tensors.items() if key.startswith(f"{module}.")}
-        decoded = torch.from_numpy(decode_parts(parts, SCHEMES["NVFP4"])).to(torch.bfloat16)
-        assert torch.equal(decoded, quantized.weight), name
+        decoded = torch.from_numpy(decode_parts(parts, SCHEMES["NVFP4"]))
+        error = (decoded - quantized.weight.float()).abs()
+        assert (error <= decoded.abs() * 2**-8).all(), f"{name}: further off than BF16 rounding"
 
 
 def test_a_block_does_not_depend_on_what_ran_before_it(chain, tmp_path):

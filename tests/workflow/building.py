@@ -64,7 +64,7 @@ class Build:
     directory: Path
 
     def command(self, *arguments: str) -> list[str]:
-        options = ["--snakefile", str(ROOT / "Snakefile"), "--cores", "2", "--configfile", "mine.yaml"]
+        options = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "mine.yaml", "--cores", "2"]
         return [sys.executable, "-m", "snakemake", *options, *arguments]
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -89,7 +89,8 @@ class Build:
 
     def planned(self, *arguments: str) -> dict[str, int]:
         """Jobs by rule that a dry run would run."""
-        lines = self.run("-n", "--quiet", "rules", *arguments).stdout.splitlines()
+        done = self.run(*arguments, "-n")
+        lines = (done.stdout + done.stderr).splitlines()
         if not any(line.startswith("Job stats") for line in lines):
             return {}
         start = next(number for number, line in enumerate(lines) if line.startswith("Job stats"))
@@ -111,7 +112,8 @@ def environment() -> dict[str, str]:
 def lay_out(directory: Path, models: tuple[str, ...] = tuple(MODELS), iters: int = 2) -> Build:
     """A working directory with tiny models, texts, a benchmark and mine.yaml."""
     for name in models:
-        tiny.write_checkpoint(directory / "models" / name, MODELS[name], seed=7)
+        shard = "1GB" if name == "ll" else "400KB"  # one file without an index, or several with one
+        tiny.write_checkpoint(directory / "models" / name, MODELS[name], seed=7, shard_size=shard)
     tiny.write_text(directory / "text/a.txt", 300, 1)
     tiny.write_text(directory / "text/b.txt", 300, 2)
     (directory / "tasks").mkdir()

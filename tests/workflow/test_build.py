@@ -76,13 +76,13 @@ def test_releases_of_a_model_share_its_reference_chain(built):
 
 
 def test_no_job_needed_two_gigabytes(built):
-    peaks = {}
-    for path in (built.directory / "results/benchmarks").rglob("*.tsv"):
-        header, values = path.read_text().strip().split("\n")[:2]
-        rss = dict(zip(header.split("\t"), values.split("\t"), strict=True))["max_rss"]
-        peaks[str(path)] = 0.0 if rss in ("-", "NA") else float(rss)
-    assert max(peaks.values()) > 50, "measured at all"
-    assert max(peaks.values()) < 2000, max(peaks, key=peaks.get)
+    """By the jobs' own measure and by Snakemake's, which counts the engine that deploy starts too."""
+    results = built.directory / "results"
+    for path in [*results.glob("*/blocks/*.json"), *results.glob("*/evaluate.json"), *results.glob("*/benchmark.json")]:
+        assert 10**8 < json.loads(path.read_text())["peak_memory_bytes"] < 2e9, path
+    for release in RELEASES:
+        header, values = (results / f"benchmarks/deploy/{release}.tsv").read_text().strip().split("\n")[:2]
+        assert 100 < float(dict(zip(header.split("\t"), values.split("\t"), strict=True))["max_rss"]) < 2000
 
 
 def test_the_report_holds_cards_and_pictures(built):
@@ -123,19 +123,19 @@ def test_comments_and_the_order_of_keys_change_nothing(copy):
 
 
 def test_a_changed_module_reruns_what_it_computes(copy, tmp_path):
-    """The module behind a script, not the script: the card's templates aside, only cards are made of card.py."""
+    """The module behind a script, not the script itself."""
     checkout = tmp_path / "checkout"
     for name in ("Snakefile", "config.yaml"):
         checkout.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, checkout / name)
     for name in ("src", "rules", "scripts", "report", "profiles", "demo"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    options = ["--snakefile", str(checkout / "Snakefile"), "--rerun-triggers", "mtime"]
-    assert copy.planned(*options, "model_card.md").keys() >= set()
-    copy.run(*options, "--touch", "model_card.md")
+    options = ["--rerun-triggers", "mtime", "--snakefile", str(checkout / "Snakefile")]
+    copy.run("model_card.md", *options, "--touch")
+    assert copy.planned("model_card.md", *options) == {}
     module = checkout / "src/requant/evaluate.py"
     module.write_text(module.read_text() + "\n")
-    jobs = copy.planned(*options, "model_card.md")
+    jobs = copy.planned("model_card.md", *options)
     assert jobs["evaluate"] == len(RELEASES)
     assert not {"quantize", "pack", "verify", "reference", "calibrate"} & jobs.keys()
 
@@ -144,7 +144,7 @@ def test_a_flipped_byte_stops_the_build_with_the_shards_name(tmp_path):
     build = lay_out(tmp_path, ("ll",))
     build.run("lock", "--config", "model=ll")
     assert (tmp_path / "locks/ll.json").exists()
-    shard = sorted((tmp_path / "models/ll").glob("*.safetensors"))[1]
+    shard = tmp_path / "models/ll/model.safetensors"
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 16
     shard.write_bytes(raw)
@@ -228,7 +228,21 @@ def test_five_lines_plan_a_release_with_defaults(tmp_path):
         "models: {mine: {path: models/qw}}\nreleases: {mine-nvfp4: {model: mine, scheme: NVFP4}}\nbuild: [mine-nvfp4]\n"
     )
     jobs = build.planned("model_card.md")
-    assert jobs["quantize"] == 3 and jobs["demo_text"] >= 2
+    assert jobs["quantize"] == 3 and jobs["demo_text"] == 4, "texts to calibrate on and texts of the benchmark"
+
+
+def test_five_lines_and_smaller_numbers_build_a_card_from_the_embedded_text(tmp_path):
+    build = lay_out(tmp_path, ("ll",))
+    (tmp_path / "mine.yaml").write_text(
+        "models: {mine: {path: models/ll/}}\n"
+        "releases: {mine-w4: {model: mine, scheme: W4A16, tuning: {iters: 0}}}\n"
+        "build: [mine-w4]\n"
+        "calibrations: {default: {nsamples: 8, seqlen: 64, heldout: {nsamples: 4}}}\n"
+        "benchmarks: {default: {limit: 8}}\n"
+    )
+    build.run("model_card.md")
+    card = (tmp_path / "model_card.md").read_text()
+    assert "mine-w4" in card and "plain rounding" in card
 
 
 def test_shards_of_the_release_are_hard_links(built):
