@@ -76,9 +76,7 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_checkpoint(
-    directory: Path, model_type: str, seed: int = 0, shard_size: str = "400KB", **changes
-) -> Path:
+def write_checkpoint(directory: Path, model_type: str, seed: int = 0, shard_size: str = "400KB", **changes) -> Path:
     """A random BF16 checkpoint of `model_type` in several shards. Weights are larger than usual, so that every
     block moves the logits."""
     import torch

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from requant.errors import RequantError
 from requant.schemes import SCHEMES
 
+# Folders of results/ that belong to no release.
+RESERVED = ("benchmarks", "calibration", "card", "demo", "reference", "source")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -62,13 +64,15 @@ class HeldOut(Section):
 class Calibration(Section):
     """A token set: texts, their shares, and how they are packed."""
 
-    sources: list[TextSource] = Field(list(CALIBRATION_TEXT), min_length=1)
+    sources: list[TextSource] = Field(
+        list(CALIBRATION_TEXT), min_length=1, description="the texts; by default those of the embedded model"
+    )
     nsamples: PositiveInt = Field(512, description="samples for tuning")
     seqlen: Annotated[int, Field(ge=2, le=1_048_576, strict=True)] = Field(2048, description="tokens a sample")
     pack: Literal["concat", "pad"] = Field(
         "concat", description="concat: documents joined, cut every seqlen tokens; pad: one document a sample"
     )
-    seed: Seed = 42
+    seed: Seed = Field(42, description="decides which documents, and their order")
     heldout: HeldOut = HeldOut()
 
     @model_validator(mode="after")
@@ -84,21 +88,21 @@ class Calibration(Section):
 class Tuning(Section):
     """How the rounding of a block is tuned (SignRound, arXiv 2309.05516)."""
 
-    engine: Literal["auto_round"] = "auto_round"
+    engine: Literal["auto_round"] = Field("auto_round", description="what tunes")
     iters: Annotated[int, Field(ge=0, le=100_000, strict=True)] = Field(200, description="0 is plain rounding")
     batch_size: PositiveInt = Field(8, description="samples a step")
-    gradient_accumulate_steps: PositiveInt = 1
+    gradient_accumulate_steps: PositiveInt = Field(1, description="batches added up for one step")
     lr: float | None = Field(None, gt=0, description="step of the rounding offsets; 1/iters if absent")
     minmax_lr: float | None = Field(None, gt=0, description="step of the group scales; lr if absent")
     minmax: bool = Field(True, description="tune the group scales too")
-    momentum: float = Field(0.0, ge=0, lt=1)
+    momentum: float = Field(0.0, ge=0, lt=1, description="of the optimizer")
     inputs: Literal["quantized", "reference"] = Field(
         "quantized", description="quantized: a block sees what the quantized blocks before it give"
     )
     best_mse: bool = Field(True, description="keep the parameters of the lowest loss, not the last ones")
-    seed: Seed = 42
+    seed: Seed = Field(42, description="with release and block it gives each block's seed")
     threads: PositiveInt = Field(1, description="CPU threads of a tuning job; a part of what the bytes depend on")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$", description="cpu, cuda or xpu")
 
 
 class Verify(Section):
@@ -122,7 +126,7 @@ VERIFY_DEFAULTS = {  # (cosine, relative MAE) that round-to-nearest keeps on Gau
 class Deploy(Section):
     """The smoke test of the served model."""
 
-    target: str = "cpu-transformers"
+    target: str = Field("cpu-transformers", description="where to serve: a name in `targets`")
     prompts: PositiveInt = Field(8, description="held-out texts whose continuation is asked for")
     prompt_tokens: PositiveInt = Field(32, description="tokens of each prompt")
     max_tokens: PositiveInt = Field(16, description="tokens asked for")
@@ -134,14 +138,14 @@ class Deploy(Section):
 class Release(Section):
     """A quantized checkpoint to be made: what from, in which format, how, and with which checks."""
 
-    model: str
-    scheme: Literal[tuple(SCHEMES)]
-    calibration: str = "default"
+    model: str = Field(description="what from: a name in `models`")
+    scheme: Literal[tuple(SCHEMES)] = Field(description="number format")
+    calibration: str = Field("default", description="tokens to tune on: a name in `calibrations`")
     tuning: Tuning = Tuning()
     keep: list[str] = Field([], description="regular expressions of Linear names that stay in BF16")
     verify: Verify = Verify()
     deploy: Deploy = Deploy()
-    benchmark: str = "default"
+    benchmark: str = Field("default", description="what to measure: a name in `benchmarks`")
 
     @model_validator(mode="after")
     def _patterns_compile(self):
@@ -156,19 +160,23 @@ class Release(Section):
 class Benchmark(Section):
     """lm-eval tasks, run on the source model and on each release."""
 
-    tasks: list[str] = Field(["requant_exercises", "requant_stories"], min_length=1)
+    tasks: list[str] = Field(
+        ["requant_exercises", "requant_stories"], min_length=1, description="names of lm-eval tasks"
+    )
     include_path: str | None = Field("demo/tasks", description="directory with further lm-eval task files")
-    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="examples before each question; the task's own number if absent"
+    )
     limit: PositiveInt | None = Field(None, description="only the first rows of each task: for trials, not for a card")
-    batch_size: PositiveInt = 16
-    seed: Seed = 42
+    batch_size: PositiveInt = Field(16, description="rows run together")
+    seed: Seed = Field(42, description="of lm-eval's choices")
 
 
 class Target(Section):
     """A place to serve a release at."""
 
-    engine: Literal["transformers"] = "transformers"
-    device: Literal["cpu", "cuda"] = "cpu"
+    engine: Literal["transformers"] = Field("transformers", description="the server: `transformers serve`")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
     weights: Literal["decoded"] = Field("decoded", description="decoded: weights turned back into BF16 before serving")
     startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
@@ -182,7 +190,7 @@ class Config(Section):
     benchmarks: dict[str, Benchmark] = {}
     targets: dict[str, Target] = {}
     releases: dict[str, Release]
-    build: list[str] = Field(min_length=1)
+    build: list[str] = Field(min_length=1, description="The releases that `model_card.md` covers, in its order.")
 
     @model_validator(mode="before")
     @classmethod
@@ -203,6 +211,9 @@ class Config(Section):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
                     problems.append(f"{section}.{name}: names have letters, digits, '.', '_' and '-' only")
+        for name in self.releases:
+            if name in RESERVED:
+                problems.append(f"releases.{name}: results/{name}/ is the graph's own; expected another name")
         known = {section: getattr(self, f"{section}s") for section in ("model", "calibration", "benchmark", "target")}
         for name, release in self.releases.items():
             asked = {

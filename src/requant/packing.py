@@ -64,7 +64,9 @@ def pack(
     index = {"metadata": {"total_size": sizes}, "weight_map": {name: stored[name].shard for name in sorted(stored)}}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     matrices = {name.removesuffix(".weight") for name in rest if len(stored[name].shape) == 2 and "embed" not in name}
-    kept = sorted({"lm_head"} | matrices | {name for record in records for name in record.kept} | routers(checkpoint.index))
+    kept = sorted(
+        {"lm_head"} | matrices | {name for record in records for name in record.kept} | routers(checkpoint.index)
+    )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = quantization_config(scheme, kept)
     write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

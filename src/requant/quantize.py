@@ -3,6 +3,7 @@
 import hashlib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -211,7 +212,9 @@ def shipped_block(
 ) -> nn.Module:
     """The block as a reader of its packed tensors gets it: weights decoded, inputs rounded as the scheme says."""
     prefix = f"model.layers.{block}."
-    parts = {name: {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors} for name in linears}
+    parts = {
+        name: {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors} for name in linears
+    }
     packed = {f"{name}.{part}" for name, found in parts.items() for part in found}
     plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
     for name, found in parts.items():
@@ -234,19 +237,22 @@ def mean_squared_error(output: torch.Tensor, targets: torch.Tensor, mask: torch.
     return float(error.double().mean() if mask is None else (error * mask).double().sum() / mask.sum())
 
 
-def _reporter(job: BlockJob, blocks: int):
-    start = time.monotonic()
-    last = [start]
+def _reporter(job: BlockJob, blocks: int) -> Callable[[int, float], None]:
+    """Reports an iteration every ten seconds; the time left is counted from the first, which includes the set-up."""
+    reported: list[float] = []
 
     def report(iteration: int, loss: float) -> None:
         now = time.monotonic()
-        if iteration == 0 or now - last[0] >= 10:
-            last[0] = now
-            done = iteration + 1
-            left = (now - start) / done * (job.tuning.iters - done)
-            progress(
-                f"{job.release} block {job.block + 1} of {blocks}: iteration {done} of {job.tuning.iters}, "
-                f"loss {loss:.3e}, {left:.0f} s left in this block"
-            )
+        if reported and now - reported[-1] < 10:
+            return
+        reported.append(now)
+        left = ""
+        if iteration:
+            seconds = (now - reported[0]) / iteration * (job.tuning.iters - 1 - iteration)
+            left = f", {seconds:.0f} s left in this block"
+        progress(
+            f"{job.release} block {job.block + 1} of {blocks}: iteration {iteration + 1} of {job.tuning.iters}, "
+            f"loss {loss:.3e}{left}"
+        )
 
     return report

@@ -163,7 +163,9 @@ class PackRecord(Record):
     routed_experts: int
     shared_experts: int
     experts_per_token: int
-    activated_parameters: int = Field(description="used for one token: all but experts that are not chosen, and multi-token prediction")
+    activated_parameters: int = Field(
+        description="used for one token: all but experts that are not chosen, and multi-token prediction"
+    )
     hard_linked: bool = Field(description="shards share their bytes with blocks/")
     seconds: float
 

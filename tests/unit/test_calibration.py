@@ -145,6 +145,12 @@ def test_a_bad_line_is_named(tmp_path, content, message):
     assert str(error.value).startswith(str(path)) and message in str(error.value)
 
 
+def test_a_line_separator_inside_a_text_parts_nothing(tmp_path):
+    path = tmp_path / "u.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert read_documents(TextSource(path=str(path))) == ["one\u2028two\u0085three"]
+
+
 def test_a_missing_or_binary_text_is_named(tmp_path):
     with pytest.raises(RequantError, match="nowhere.txt: not there"):
         read_documents(TextSource(path=str(tmp_path / "nowhere.txt")))

@@ -293,7 +293,7 @@ def test_a_served_command_reads_back_as_it_was_run(root):
 
 def test_wall_time_counts_shared_stages_once(root):
     text = section(build_text(root), "Wall time")
-    assert row(text, "Check the shards of `alpha`") == ["1", "1.4\u00a0s"]
+    assert row(text, "Check the files of `alpha`") == ["3", "1.4\u00a0s"]
     assert row(text, "Reference chain of `alpha` over `default`") == ["6", "27.7\u00a0s"]
     assert row(text, f"Quantize `{NVFP4}`") == ["6", "2\u00a0min\u00a026\u00a0s"]
     records = [json.loads(path.read_text()) for path in (root / "results").rglob("*.json")]

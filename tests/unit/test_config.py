@@ -45,7 +45,11 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
         ("models/mine", {}, "config: models.mine.path: missing; expected: directory of the checkpoint"),
         ("models/my model", {"path": "x"}, "config: models.my model: names have letters"),
-        ("models/mine/trust_remote_code", "maybe", "config: models.mine.trust_remote_code: 'maybe'"),
+        (
+            "releases/source",
+            {"model": "mine", "scheme": "NVFP4"},
+            "config: releases.source: results/source/ is the graph's own",
+        ),
         ("releases/mine-nvfp4/scheme", "NVFP5", "config: releases.mine-nvfp4.scheme: 'NVFP5'; expected: 'NVFP4'"),
         (
             "releases/mine-nvfp4/model",
@@ -133,3 +137,10 @@ def test_the_reference_page_is_the_schemas():
 
     page = Path(__file__).resolve().parents[2] / "docs/config.md"
     assert page.read_text() == reference(), "run: python -m requant.config_reference > docs/config.md"
+
+
+def test_every_key_says_what_it_means():
+    from requant.config_reference import reference
+
+    empty = [row for row in reference().splitlines() if row.startswith("| `") and row.endswith("|  |")]
+    assert not empty

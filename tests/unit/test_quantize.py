@@ -207,6 +207,23 @@ def test_a_width_that_does_not_fit_the_group_is_kept_with_the_reason(tmp_path):
     assert not choose_linears(model.block(0), "model.layers.0.", SCHEMES["NVFP4"], [])[1]
 
 
+def test_biases_are_kept_beside_packed_weights(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "llama", "llama", attention_bias=True, num_hidden_layers=1)
+    tokens = torch.randint(3, 320, (8, 16), dtype=torch.int32)
+    ones = torch.ones(8, 16, dtype=torch.uint8)
+    sets = {"calibration": tokens, "heldout": tokens.clone(), "calibration_mask": ones, "heldout_mask": ones.clone()}
+    save(tmp_path / "tokens.safetensors", sets)
+    folder = SimpleNamespace(folder=tmp_path, source=source)
+    embed(source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors")
+    hidden, routing = tmp_path / "hidden_0.safetensors", tmp_path / "routing.json"
+    run_reference_block(
+        source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors", 0, hidden, routing, "m", "c"
+    )
+    run(job(folder, block=0), tmp_path)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert torch.equal(load_file(tmp_path / "b.safetensors")[name], Checkpoint(source).read([name])[name])
+
+
 def test_seeds_differ_by_release_and_block():
     seeds = {block_seed(42, release, block) for release in ("a", "b") for block in range(50)}
     assert len(seeds) == 100

@@ -58,16 +58,21 @@ def source(tmp_path_factory):
     return tiny.write_checkpoint(tmp_path_factory.mktemp("verify") / "moe", "deepseek_v3", num_hidden_layers=2)
 
 
-@pytest.fixture(scope="module", params=["NVFP4", "W3A16"])
-def made(request, source, tmp_path_factory):
-    folder = make_release(tmp_path_factory.mktemp("made"), source, request.param)
-    return request.param, folder
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    """A release in each scheme."""
+    return {scheme: make_release(tmp_path_factory.mktemp(scheme), source, scheme) for scheme in ("NVFP4", "W3A16")}
+
+
+@pytest.fixture(params=["NVFP4", "W3A16"])
+def release(request, made, tmp_path):
+    """A release to be damaged, and its scheme."""
+    return request.param, Path(shutil.copytree(made[request.param], tmp_path / "release"))
 
 
 @pytest.fixture
-def release(made, tmp_path):
-    scheme, folder = made
-    return scheme, Path(shutil.copytree(folder, tmp_path / "release"))
+def nvfp4_release(made, tmp_path):
+    return "NVFP4", Path(shutil.copytree(made["NVFP4"], tmp_path / "nvfp4"))
 
 
 def check(source, release, limits=None):
@@ -121,15 +126,15 @@ def test_damaged_parts_are_found(source, release, part):
         check(source, release)
 
 
-def test_a_doubled_global_scale_is_found(source, release):
-    edit(release[1], f"{NAME}.weight_global_scale", lambda tensor: tensor * 2)
+def test_a_doubled_global_scale_is_found(source, nvfp4_release):
+    edit(nvfp4_release[1], f"{NAME}.weight_global_scale", lambda tensor: tensor * 2)
     with pytest.raises(RequantError, match=rf"{NAME}.weight: relative MAE"):
-        check(source, release)
+        check(source, nvfp4_release)
 
 
-def test_scales_that_differ_within_a_fused_group_are_found(source, release):
+def test_scales_that_differ_within_a_fused_group_are_found(source, nvfp4_release):
     """Both weights are right by themselves, but an engine would use one scale for the pair."""
-    folder = release[1]
+    folder = nvfp4_release[1]
     from requant.encoding import QuantizedWeight, encode
     from requant.nvfp4 import global_scale
     from requant.schemes import SCHEMES
@@ -143,7 +148,7 @@ def test_scales_that_differ_within_a_fused_group_are_found(source, release):
     for name, tensor in parts.items():
         edit(folder, name, lambda _, tensor=tensor: tensor)
     with pytest.raises(RequantError, match=r"weight_global_scale differs within a fused group \(gate_proj .*up_proj"):
-        check(source, release)
+        check(source, nvfp4_release)
 
 
 def test_two_swapped_experts_are_found(source, release):
@@ -180,7 +185,7 @@ def test_every_tensor_is_accounted_for(source, release, remove, message):
 
 
 def test_shards_are_the_block_files_and_bytes_are_shared(made):
-    _, folder = made
+    folder = made["W3A16"]
     for block in range(2):
         shard = folder / "model" / f"model-{block + 1:05d}-of-00003.safetensors"
         assert shard.samefile(folder / "blocks" / f"{block}.safetensors")
@@ -200,7 +205,7 @@ def test_copying_where_links_are_impossible(tmp_path, monkeypatch):
 def test_decoded_checkpoint_loads_in_transformers_with_the_verified_weights(source, made, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    _, folder = made
+    folder = made["NVFP4"]
     write_decoded(folder / "model", tmp_path / "decoded")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "decoded", dtype=torch.bfloat16)
     packed = PackedCheckpoint(folder / "model")
