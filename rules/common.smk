@@ -12,10 +12,10 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LIBRARY), os.environ.get("PYTHONPATH")]))
-sys.setrecursionlimit(
-    20_000
-)  # Snakemake walks chains recursively: 61 blocks and two releases exceed the default
+inherited = dict(os.environ).get("PYTHONPATH", "")
+os.environ |= {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{inherited}".rstrip(os.pathsep)}  # jobs import requant too
+# Snakemake walks chains recursively: 61 blocks and two releases exceed Python's default.
+sys.setrecursionlimit(20_000)
 
 from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs

@@ -68,11 +68,11 @@ rule demo_text:
         "logs/demo_text/{split}-{kind}.log",
     benchmark:
         "results/benchmarks/demo_text/{split}-{kind}.tsv"
-    conda:
-        "../envs/requant.yaml"
     wildcard_constraints:
         split="calibration|test",
         kind="stories|exercises",
+    conda:
+        "../envs/requant.yaml"
     params:
         documents=demo_documents,
     script:

@@ -21,7 +21,8 @@ with job(snakemake.log[0]):
         snakemake.threads,
         Path(snakemake.output.record),
     )
+    kl, perplexity = record.quantized.kl_divergence, record.quantized.perplexity
     progress(
-        f"{record.release}: KL {record.quantized.kl_divergence:.4g} (plain rounding {record.rounded.kl_divergence:.4g}), "
-        f"perplexity {record.quantized.perplexity:.4g} (source {record.source.perplexity:.4g})"
+        f"{record.release}: KL {kl:.4g} (plain rounding {record.rounded.kl_divergence:.4g}), "
+        f"perplexity {perplexity:.4g} (source {record.source.perplexity:.4g})"
     )

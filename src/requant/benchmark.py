@@ -326,10 +326,16 @@ def _task_scores(results: dict, task: str, metrics: dict[str, Any]) -> list[Scor
                 higher_is_better=higher is not False,
                 value=float(value),
                 stderr=None if stderr is None or not math.isfinite(stderr) else float(stderr),
-                samples=samples,
+                samples=_covered(results, task, metric, filter_name) or samples,
             )
         )
     return scores
+
+
+def _covered(results: dict, task: str, metric: str, filter_name: str) -> int:
+    """Rows of a task that a metric covers: one that scores a kind of question leaves out the others."""
+    logged = results.get("samples", {}).get(task, [])
+    return sum(metric in sample and sample.get("filter", filter_name) == filter_name for sample in logged)
 
 
 def _leaves(results: dict, members: list[str]) -> Iterator[str]:

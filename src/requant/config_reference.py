@@ -5,8 +5,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from requant.config import Benchmark, Calibration, Config, Model, Release, Target
 from requant.config import VERIFY_DEFAULTS as LIMITS
+from requant.config import Benchmark, Calibration, Config, Model, Release, Target
 
 INTRODUCTION = """\
 # Every key of the config

@@ -105,8 +105,8 @@ def smoke_test(
     steps, judged = sum(len(answer.steps) for answer in served), sum(len(answer.agrees) for answer in served)
     if judged < steps * ENOUGH:
         raise RequantError(
-            f"{release}: {judged} of {steps} served tokens could be told from their text; expected {ENOUGH:.0%} or more: "
-            "raise `deploy.prompts`, or choose other held-out text"
+            f"{release}: {judged} of {steps} served tokens could be told from their text; "
+            f"expected {ENOUGH:.0%} or more: raise `deploy.prompts`, or choose other held-out text"
         )
     agreement = agreement_of(served)
     if agreement < settings.agreement:

@@ -95,7 +95,8 @@ def source_record(
 ) -> SourceRecord:
     """Describes a checked source; parameters and experts are counted from its tensors.
 
-    Raises RequantError for an unknown family, another dtype than BF16, or blocks that config.json counts but no tensor has.
+    Raises RequantError for an unknown family, another dtype than BF16, or blocks that config.json counts but no
+    tensor has.
     """
     files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
     config = Checkpoint(directory).config

@@ -25,7 +25,7 @@ def group_scales(weight: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tens
 
 
 def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    """weight [out, in], e4m3 scales [out, in / 16] -> uint8 codes [out, in]: nearest e2m1, ties to even, no minus zero."""
+    """weight [out, in], e4m3 scales [out, in / 16] -> uint8 codes [out, in]: nearest, ties to even, no minus zero."""
     step = scales.float() * (1.0 / tensor_scale)
     inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step)).repeat_interleave(GROUP, dim=-1)
     scaled = (weight.float() * inverse).clamp(-E2M1_MAX, E2M1_MAX)
@@ -50,7 +50,7 @@ def values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor
 
 
 def round_activations(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
-    """x [..., in], in its dtype: rounded to NVFP4 with the static `tensor_scale` and dynamic scales for 16 values each."""
+    """x [..., in], in its dtype: rounded to NVFP4, `tensor_scale` static and the scale of every 16 values dynamic."""
     rows = x.reshape(-1, x.shape[-1])
     scales = group_scales(rows, tensor_scale)
     return values(round_to_codes(rows, scales, tensor_scale), scales, tensor_scale).to(x.dtype).view_as(x)
