@@ -12,7 +12,7 @@ SIZES = {
     "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
 

@@ -131,7 +131,7 @@ class Deploy(Section):
     prompt_tokens: PositiveInt = Field(32, description="tokens of each prompt")
     max_tokens: PositiveInt = Field(16, description="tokens asked for")
     agreement: float = Field(
-        0.97, gt=0, le=1, description="part of the served tokens that this model itself would choose"
+        0.95, gt=0, le=1, description="part of the served tokens that this model itself would choose"
     )
 
 

@@ -72,7 +72,7 @@ class Chain:
 def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) -> nn.Module:
     """Block `index` of the source with the release's quantized Linears rounded plainly: what iteration 0 would ship.
 
-    Tensor scales and static input scales are the release's; they do not depend on tuning.
+    Tensor scales follow from the source; the static scales of inputs are the release's.
     """
     prefix = f"model.layers.{index}."
     block = model.block(index)

@@ -180,7 +180,7 @@ def test_a_wrong_config_is_one_clear_line_and_runs_nothing(tmp_path, change, mes
 
 
 def test_killed_build_goes_on_with_the_same_command_and_gives_the_same_bytes(built, tmp_path):
-    """SIGKILL of the whole build while a block is tuned; then the same command again, and nothing else."""
+    """SIGKILL of the build while a block is tuned: its job ends too. Then the same command again, nothing else."""
     build = lay_out(tmp_path, ("ll",), iters=2)
     shutil.copytree(built.directory / "models/ll", tmp_path / "models/ll", dirs_exist_ok=True)
     target = "results/ll-nvfp4/pack.json"
@@ -197,8 +197,11 @@ def test_killed_build_goes_on_with_the_same_command_and_gives_the_same_bytes(bui
     while not (log.exists() and "iterations" in log.read_text()):
         assert process.poll() is None and time.monotonic() < end, "the build never came to block 1"
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    while group_lives(process.pid):
+        assert time.monotonic() < end, "a job went on without its build"
+        time.sleep(0.05)
     assert list((tmp_path / ".snakemake/locks").iterdir()), "a killed build leaves its lock"
     first = (tmp_path / "results/ll-nvfp4/blocks/0.safetensors").stat().st_mtime_ns
 
@@ -210,6 +213,14 @@ def test_killed_build_goes_on_with_the_same_command_and_gives_the_same_bytes(bui
     mine = digests(resumed)
     assert mine == {name: digest for name, digest in digests(undisturbed).items() if name in mine}
     assert len([name for name in mine if name.endswith(".safetensors")]) == 4
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_planning_the_demo_shows_every_job(tmp_path):
