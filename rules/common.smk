@@ -13,7 +13,9 @@ from snakemake.exceptions import WorkflowError
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
 inherited = dict(os.environ).get("PYTHONPATH", "")
-os.environ |= {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{inherited}".rstrip(os.pathsep)}  # jobs import requant too
+os.environ |= {
+    "PYTHONPATH": f"{LIBRARY}{os.pathsep}{inherited}".rstrip(os.pathsep)
+}  # jobs import requant too
 # Snakemake walks chains recursively: 61 blocks and two releases exceed Python's default.
 sys.setrecursionlimit(20_000)
 

@@ -79,37 +79,40 @@ def _wait(condition, seconds=30):
         time.sleep(0.1)
 
 
+TAKE_LOCK = "from requant.buildlock import drop_stale_locks; print(drop_stale_locks('.'), flush=True)"
+
+
+def living_build(directory):
+    """A process that holds the build lock of `directory`, and what it printed: the locks that it dropped."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKE_LOCK + "; input()"],
+        cwd=directory,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, process.stdout.readline().strip()
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
 def test_a_dead_builds_lock_is_dropped_and_a_living_ones_kept(tmp_path):
     locks = tmp_path / ".snakemake" / "locks"
     locks.mkdir(parents=True)
-    code = "from requant.buildlock import drop_stale_locks; print(drop_stale_locks('.'), flush=True)"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code + "; input()"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout.readline().strip() == "[]"
+    first, dropped = living_build(tmp_path)
+    assert dropped == "[]"
     (locks / "0.input.lock").write_text("a\n")
-    assert run_python(code, cwd=tmp_path).stdout.strip() == "[]", "a build is alive: its lock stays"
+    second, dropped = living_build(tmp_path)
+    assert dropped == "[]", "a build is alive: its lock stays"
+    kill(first)
+    assert run_python(TAKE_LOCK, cwd=tmp_path).stdout.strip() == "[]", "the second build is alive still"
     assert (locks / "0.input.lock").exists()
-    follower = subprocess.Popen(
-        [sys.executable, "-c", code + "; input()"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert follower.stdout.readline().strip() == "[]"
-    holder.kill()
-    holder.wait()
-    assert run_python(code, cwd=tmp_path).stdout.strip() == "[]", "the second build is alive still"
-    follower.kill()
-    follower.wait()
-    assert run_python(code, cwd=tmp_path).stdout.strip() == "['0.input.lock']"
+    kill(second)
+    assert run_python(TAKE_LOCK, cwd=tmp_path).stdout.strip() == "['0.input.lock']"
     assert not list(locks.iterdir())
 
 
