@@ -177,7 +177,9 @@ class Target(Section):
 
     engine: Literal["transformers"] = Field("transformers", description="the server: `transformers serve`")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
-    weights: Literal["decoded"] = Field("decoded", description="decoded: weights turned back into BF16 before serving")
+    weights: Literal["auto", "decoded"] = Field(
+        "auto", description="auto: the packed checkpoint where the engine reads its format; decoded: BF16 weights"
+    )
     startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
 

@@ -38,17 +38,15 @@ TIE_TEXT = "served token within 2^-7 |l| of the chain's best logit l: one roundi
 ENOUGH = 0.25  # part of the served tokens that has to be told from their text, or the check means little
 ROUNDS = 4  # passes through the chain at most; one is enough unless a token's text leaves its id open
 RANKED = 256  # candidates for a token whose text leaves its id open
+# Why a format is not served as it is; the engine reads the formats that are not here.
 WHY_DECODED = {
     "nvfp4-pack-quantized": (
         "transformers loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their "
         "global scale (huggingface/transformers issue 48371), and no engine computes NVFP4 on a CPU; served this way, "
         "activations stay in BF16, while the evaluation rounds them to NVFP4 as the format does"
     ),
-    "pack-quantized": (
-        "no engine computes packed integer mixture-of-experts weights of every width on a CPU; activations "
-        "are BF16 in this format, so the decoded weights give the release's own arithmetic"
-    ),
 }
+WHY_ASKED = "the config asks for it (`targets`: `weights: decoded`)"
 
 
 @dataclass
@@ -79,8 +77,8 @@ def smoke_test(
 ) -> DeployRecord:
     """Serves the release in `packed`, checks that it is the packed checkpoint's model, and writes the record.
 
-    `manifest` is the release's pack.json, `tokens` its calibration's tokens.safetensors. `folder` holds the
-    decoded weights meanwhile and is gone afterwards. Raises RequantError if a packed file was changed, the
+    `manifest` is the release's pack.json, `tokens` its calibration's tokens.safetensors. `folder` holds what
+    is served meanwhile and is gone afterwards. Raises RequantError if a packed file was changed, the
     engine does not serve, answers under another model's name, or answers with tokens that this model would
     not choose.
     """
@@ -96,8 +94,9 @@ def smoke_test(
     checkpoint = PackedCheckpoint(packed)
     tokenizer = checkpoint.tokenizer()
     prompts = choose_prompts(tokenizer, heldout_tokens(tokens), settings.prompts, settings.prompt_tokens)
+    why_decoded = WHY_DECODED.get(checkpoint.scheme.format, WHY_ASKED if target.weights == "decoded" else None)
     server, served, refusal = _serve_and_ask(
-        release, packed, tokenizer, prompts, settings, target, folder, server_log, threads
+        release, packed, why_decoded is not None, tokenizer, prompts, settings, target, folder, server_log, threads
     )
     progress(f"{release}: replaying {sum(len(answer.steps) for answer in served)} served tokens, block by block")
     own = StreamedModel(checkpoint)
@@ -121,8 +120,8 @@ def smoke_test(
         engine_version=server.version,
         command=server.command,
         environment=server.environment,
-        weights="decoded to BF16",
-        why_decoded=WHY_DECODED[checkpoint.scheme.format],
+        weights="the packed checkpoint as it is" if why_decoded is None else "decoded to BF16",
+        why_decoded=why_decoded,
         startup_seconds=server.startup_seconds,
         answers=[_answer_record(answer, count) for answer, count in zip(served, source_differs, strict=True)],
         tokens=sum(len(answer.agrees) for answer in served),
@@ -142,6 +141,7 @@ def smoke_test(
 def _serve_and_ask(
     release: str,
     packed: Path,
+    decode: bool,
     tokenizer: Any,
     prompts: list[str],
     settings: Deploy,
@@ -154,17 +154,30 @@ def _serve_and_ask(
     from requant.packed import write_decoded
 
     with unwinding_on_sigterm(), temporary_folder(folder) as scratch:
-        decoded = scratch / "model"
-        progress(f"{release}: decoding the weights to BF16")
-        write_decoded(packed, decoded)
-        make_greedy(decoded)
+        model = scratch / "model"
+        if decode:
+            progress(f"{release}: decoding the weights to BF16")
+            write_decoded(packed, model)
+        else:
+            mirror(packed, model)
+        make_greedy(model)
         progress(f"{release}: starting the engine (log: {server_log})")
         with serve(
-            decoded, server_log, device=target.device, threads=threads, startup_seconds=target.startup_seconds
+            model, server_log, device=target.device, threads=threads, startup_seconds=target.startup_seconds
         ) as server:
             progress(f"{release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
             served = ask_all(release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
             return server, served, refused_status(release, server, target.request_seconds)
+
+
+def mirror(packed: Path, folder: Path) -> None:
+    """Lays `packed` out in `folder`: shards as symbolic links, the small files as copies that may be edited."""
+    folder.mkdir()
+    for path in sorted(packed.iterdir()):
+        if path.suffix == ".safetensors":
+            (folder / path.name).symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def heldout_tokens(path: Path) -> "torch.Tensor":

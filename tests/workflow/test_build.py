@@ -36,6 +36,7 @@ def test_every_stage_leaves_its_record(built, release):
     assert verify.codes_rederived == len(verify.tensors)
     assert evaluate.source.kl_divergence == 0 < evaluate.quantized.kl_divergence < 5
     assert deploy.agreement >= deploy.agreement_limit > deploy.control_agreement
+    assert (deploy.why_decoded is None) == release.endswith("w3a16"), "the engine reads packed integers, not NVFP4"
     for block in range(pack.blocks):
         record = read_json(folder / f"blocks/{block}.json", BlockRecord)
         assert record.iterations == 2 and record.loss_best <= record.loss_initial
