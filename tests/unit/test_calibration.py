@@ -49,7 +49,9 @@ def test_the_hash_is_of_the_tokens_and_the_seed_decides_them(source, tmp_path):
     again, same = build(source, tmp_path, calibration(tmp_path))
     _, other = build(source, tmp_path, calibration(tmp_path, seed=1))
     assert record.calibration_set.sha256 == hashlib.sha256(tensors["calibration"].astype("<i4").tobytes()).hexdigest()
-    assert same.model_copy(update={"seconds": record.seconds}) == record and np.array_equal(again["heldout"], tensors["heldout"])
+    assert same.model_copy(update={"seconds": record.seconds}) == record and np.array_equal(
+        again["heldout"], tensors["heldout"]
+    )
     assert other.calibration_set.sha256 != record.calibration_set.sha256
 
 
