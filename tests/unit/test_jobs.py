@@ -1,5 +1,6 @@
 """Around a job: one-line errors, an end with the parent, left-over locks, imported modules."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+
+import psutil
 
 from requant.imports import modules_of
 
@@ -67,9 +70,13 @@ def test_a_job_ends_with_its_parent(tmp_path):
 
 
 def _members(group):
-    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = (line.split() for line in listed.splitlines())
-    return [row for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+    """Processes of a group that are alive."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _wait(condition, seconds=30):
