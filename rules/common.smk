@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from snakemake.exceptions import WorkflowError
-
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
 inherited = dict(os.environ).get("PYTHONPATH", "")
@@ -27,6 +25,7 @@ from requant.config import parse as parse_config, verify_limits
 from requant.errors import RequantError
 from requant.imports import modules_of
 from requant.locks import load_lock, tensors_of
+from requant.planning import check_locked_source, made_here, model_to_lock, text_files
 
 
 wildcard_constraints:
@@ -39,11 +38,15 @@ wildcard_constraints:
 
 
 def or_stop(function, *arguments):
-    """The function's value; a RequantError stops the planning with its one line."""
+    """The function's value; a RequantError ends the planning with its one line (one for each problem of the config).
+
+    An exception that Snakemake catches would be printed with frames of this file, and would be passed over in an
+    input function whose outputs are there.
+    """
     try:
         return function(*arguments)
     except RequantError as error:
-        raise WorkflowError(str(error)) from None
+        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
 
 
 # `--config model=NAME` belongs to the rule `lock`.
@@ -62,8 +65,7 @@ def located(path):
     What the graph makes is always in the working directory.
     """
     beside = Path(workflow.basedir) / path
-    made_here = Path(path).parts[:1] == ("results",)
-    return str(beside) if not made_here and not Path(path).exists() and beside.exists() else path
+    return str(beside) if not made_here(path) and not Path(path).exists() and beside.exists() else path
 
 
 def source_dir(model):
@@ -83,6 +85,8 @@ def checkpoint_plan(model):
     """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
     if (path := lock_file(model)) is not None:
         lock = or_stop(load_lock, path)
+        if model != config.get("model"):  # a lock that is made anew may be of other files
+            or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
     shard_of = {name: entry.shard for name, entry in or_stop(tensors_of, source_dir(model)).items()}
@@ -150,6 +154,15 @@ def lock_of(wildcards):
     return list(filter(None, [lock_file(wildcards.model)]))
 
 
+def model_asked_for(wildcards):
+    """The model of `--config model=NAME`."""
+    return or_stop(model_to_lock, config.get("model"), CONFIG.models)
+
+
+def path_asked_for(wildcards):
+    return source_dir(model_asked_for(wildcards))
+
+
 def checked_files(wildcards):
     """The records of all files of a model, each checked."""
     return checks(wildcards, checkpoint_plan(model_of(wildcards))[2])
@@ -202,8 +215,7 @@ def calibration_config(wildcards):
 
 def calibration_texts(wildcards):
     """The text files of a calibration, held-out ones included."""
-    settings = calibration_config(wildcards)
-    return [source["path"] for source in [*settings["sources"], *(settings["heldout"]["sources"] or [])]]
+    return or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
 
 
 def tokens_of(wildcards):

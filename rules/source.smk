@@ -52,8 +52,8 @@ rule lock:
     conda:
         "../envs/requant.yaml"
     params:
-        model=config.get("model"),
-        paths={name: source_dir(name) for name in CONFIG.models},
+        model=model_asked_for,
+        source=path_asked_for,
     script:
         "../scripts/lock.py"
 

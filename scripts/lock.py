@@ -1,8 +1,7 @@
-"""Writes locks/{model}.json of a local checkpoint: `snakemake lock --config model=NAME`."""
+"""Writes locks/{model}.json of a local checkpoint: `snakemake lock --cores 1 --config model=NAME`."""
 
 from typing import TYPE_CHECKING
 
-from requant.errors import RequantError
 from requant.jobs import job, progress
 from requant.locks import write_lock
 
@@ -10,9 +9,7 @@ if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake.log[0]):
-    model, paths = snakemake.params.model, snakemake.params.paths
-    if model not in paths:
-        raise RequantError(f"--config model={model}: not in `models`; expected one of {', '.join(sorted(paths))}")
+    model, source = snakemake.params.model, snakemake.params.source
     path = f"locks/{model}.json"
-    write_lock(model, paths[model], path)
-    progress(f"{path}: written from {paths[model]}; commit it")
+    write_lock(model, source, path)
+    progress(f"{path}: written from {source}; commit it")

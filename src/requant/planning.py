@@ -1,0 +1,49 @@
+"""What the config names has to be there before anything runs: texts, pinned sources, the model to lock.
+
+Snakemake asks for a missing file only where something has yet to be made of it; finished outputs would hide it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from requant.errors import RequantError
+
+
+def made_here(path: str | Path) -> bool:
+    """Whether `path` is among what the graph makes: it may be absent before a build."""
+    return Path(path).parts[:1] == ("results",)
+
+
+def text_files(calibration: str, settings: dict) -> list[str]:
+    """The text files that a calibration's `settings` name, held-out ones included.
+
+    Raises RequantError with the key of the first that is not there.
+    """
+    found = []
+    for section, sources in (("sources", settings["sources"]), ("heldout.sources", settings["heldout"]["sources"])):
+        for number, source in enumerate(sources or []):
+            path = source["path"]
+            if not made_here(path) and not Path(path).is_file():
+                raise RequantError(f"{path}: not there (calibrations.{calibration}.{section}[{number}].path)")
+            found.append(path)
+    return found
+
+
+def check_locked_source(model: str, directory: str, lock: str, names: Iterable[str]) -> None:
+    """Raises RequantError if `directory`, or a file in it that the model's `lock` names, is not there."""
+    if not Path(directory).is_dir():
+        raise RequantError(f"{directory}: not there (models.{model}.path); expected the checkpoint that {lock} pins")
+    for name in names:
+        path = Path(directory) / name
+        if not path.is_file():
+            raise RequantError(f"{path}: not there; {lock} names it: make the lock anew if the source has changed")
+
+
+def model_to_lock(asked: object, models: Iterable[str]) -> str:
+    """The model that `--config model=` names. Raises RequantError if there is none, or none of that name."""
+    known = ", ".join(sorted(models))
+    if asked is None:
+        raise RequantError(f"lock: no model is named; expected --config model=NAME, one of {known}")
+    if str(asked) not in models:
+        raise RequantError(f"--config model={asked}: not in `models`; expected one of {known}")
+    return str(asked)
