@@ -1,4 +1,4 @@
-"""Writes locks/{model}.json of a local checkpoint: `snakemake lock --cores 1 --config model=NAME`."""
+"""Writes locks/{model}.json of a local checkpoint: `snakemake --cores 1 lock --config model=NAME`."""
 
 from typing import TYPE_CHECKING
 

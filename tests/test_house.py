@@ -145,6 +145,23 @@ def test_make_names_the_pythons_that_the_locks_are_for(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
+def test_commands_that_are_shown_run_as_they_stand():
+    """Snakemake runs no job without --cores, and takes what follows --configfile for another such file."""
+    shown = [ROOT / "README.md", ROOT / "Snakefile", *ROOT.glob("docs/*.md"), *ROOT.glob("scripts/*.py")]
+    shown += (ROOT / "src/requant/templates").glob("*.j2")
+    commands = [
+        (path.name, command.split())
+        for path in shown
+        for command in re.findall(r"snakemake (-[^`#\n]*|lock\b[^`\n]*)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(commands) > 8
+    for name, words in commands:
+        targets = [word for word in words if word in ("lock", "model_card.md") or word.startswith("results/")]
+        assert not targets or "--cores" in words, f"{name}: snakemake {' '.join(words)}"
+        if "--configfile" in words:
+            assert words.index("--configfile") >= len(words) - 2, f"{name}: snakemake {' '.join(words)}"
+
+
 def test_licence_is_apache_2():
     assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
