@@ -14,7 +14,7 @@ from requant.errors import RequantError
 
 @contextlib.contextmanager
 def job(log_path: str) -> Iterator[None]:
-    """Runs a job's body: output of libraries goes to the log, a RequantError becomes one line on stderr.
+    """Runs a job's body: output of libraries goes to the log, an error becomes one line on stderr that names the log.
 
     `progress` lines go to both. The process ends with its parent: after SIGKILL of the build no job may go on
     writing beside the one that takes its place.
@@ -33,7 +33,7 @@ def job(log_path: str) -> Iterator[None]:
             yield
         except RequantError as error:
             traceback.print_exc()
-            progress(f"error: {error}")
+            progress(f"error: {error} (see {path})")
             _exit_failed()
         except Exception as error:
             traceback.print_exc()

@@ -35,7 +35,7 @@ def test_an_expected_error_is_one_line_and_its_traceback_in_the_log(tmp_path):
     )
     assert done.returncode == 1
     assert len(done.stderr.strip().split("\n")) == 1
-    assert done.stderr.strip().endswith("error: shard-3: 5 bytes found; expected 7")
+    assert done.stderr.strip().endswith("error: shard-3: 5 bytes found; expected 7 (see logs/x.log)")
     assert done.stdout == ""
     log = (tmp_path / "logs/x.log").read_text()
     assert "library talk" in log and "Traceback" in log
