@@ -41,9 +41,14 @@ RANKED = 256  # candidates for a token whose text leaves its id open
 # Why a format is not served as it is; the engine reads the formats that are not here.
 WHY_DECODED = {
     "nvfp4-pack-quantized": (
+        "no engine computes NVFP4 on a CPU; served this way, activations stay in BF16, while the evaluation rounds "
+        "them to NVFP4 as the format does"
+    ),
+}
+WHY_DECODED_MOE = {  # besides, for a mixture of experts
+    "nvfp4-pack-quantized": (
         "transformers loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their "
-        "global scale (huggingface/transformers issue 48371), and no engine computes NVFP4 on a CPU; served this way, "
-        "activations stay in BF16, while the evaluation rounds them to NVFP4 as the format does"
+        "global scale (huggingface/transformers issue 48371), and "
     ),
 }
 WHY_ASKED = "the config asks for it (`targets`: `weights: decoded`)"
@@ -90,13 +95,14 @@ def smoke_test(
 
     started = time.monotonic()
     torch.set_num_threads(threads)
-    check_files(packed, read_json(manifest, PackRecord).files)
+    made = read_json(manifest, PackRecord)
+    check_files(packed, made.files)
     checkpoint = PackedCheckpoint(packed)
     tokenizer = checkpoint.tokenizer()
     prompts = choose_prompts(tokenizer, heldout_tokens(tokens), settings.prompts, settings.prompt_tokens)
-    why_decoded = WHY_DECODED.get(checkpoint.scheme.format, WHY_ASKED if target.weights == "decoded" else None)
+    reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target)
     server, served, refusal = _serve_and_ask(
-        release, packed, why_decoded is not None, tokenizer, prompts, settings, target, folder, server_log, threads
+        release, packed, reason is not None, tokenizer, prompts, settings, target, folder, server_log, threads
     )
     progress(f"{release}: replaying {sum(len(answer.steps) for answer in served)} served tokens, block by block")
     own = StreamedModel(checkpoint)
@@ -120,8 +126,8 @@ def smoke_test(
         engine_version=server.version,
         command=server.command,
         environment=server.environment,
-        weights="the packed checkpoint as it is" if why_decoded is None else "decoded to BF16",
-        why_decoded=why_decoded,
+        weights="the packed checkpoint as it is" if reason is None else "decoded to BF16",
+        why_decoded=reason,
         startup_seconds=server.startup_seconds,
         answers=[_answer_record(answer, count) for answer, count in zip(served, source_differs, strict=True)],
         tokens=sum(len(answer.agrees) for answer in served),
@@ -136,6 +142,13 @@ def smoke_test(
     )
     write_json(out, record)
     return record
+
+
+def why_decoded(stored_format: str, moe: bool, target: Target) -> str | None:
+    """Why weights stored in that format are decoded to be served at `target`; None if they are served as they are."""
+    if stored_format in WHY_DECODED:
+        return (WHY_DECODED_MOE.get(stored_format, "") if moe else "") + WHY_DECODED[stored_format]
+    return WHY_ASKED if target.weights == "decoded" else None
 
 
 def _serve_and_ask(

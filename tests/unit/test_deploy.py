@@ -134,9 +134,18 @@ def test_a_release_is_served_and_shown_to_be_itself(tmp_path, source, packed):
     assert record.other_model_status == 400
     assert " ".join(record.command) == "transformers serve {model} --host 127.0.0.1 --port {port} --device cpu"
     assert record.environment == {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    assert record.weights == "decoded to BF16" and "48371" in record.why_decoded
+    assert record.weights == "decoded to BF16" and record.why_decoded.startswith("no engine computes NVFP4 on a CPU")
     assert any(answer.source_answer_differs for answer in record.answers)
     assert not (tmp_path / "served").exists()
+
+
+def test_the_reason_for_decoding_fits_the_model():
+    dense = deploy.why_decoded("nvfp4-pack-quantized", False, Target())
+    moe = deploy.why_decoded("nvfp4-pack-quantized", True, Target())
+    assert "expert" not in dense and "48371" not in dense
+    assert "mixture-of-experts" in moe and "48371" in moe and moe.endswith(dense)
+    assert deploy.why_decoded("pack-quantized", True, Target()) is None
+    assert deploy.why_decoded("pack-quantized", True, Target(weights="decoded")) == deploy.WHY_ASKED
 
 
 def test_every_served_token_is_the_chains_own(served, packed):
