@@ -359,6 +359,11 @@ def recoveries(facts: ReleaseFacts) -> list[float]:
     return sorted(value for value in facts.benchmark.recovery.values() if value is not None)
 
 
+def trial_rows(facts: ReleaseFacts) -> int | None:
+    """How many rows of each task were scored, if the benchmark was a trial on the first of them; else None."""
+    return facts.source_benchmark.settings["limit"]
+
+
 class Stage(NamedTuple):
     """The time of the jobs of one stage. `path` tells shared stages of several releases apart."""
 
@@ -459,7 +464,7 @@ _FILTERS = (
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
     scheme_text, shell_command, linear_table, tuning_table, lowered, tuned, tuning_effect, expert_loads,
-    worst_tensors, score_table, benchmark_groups, recoveries, wall_time, peak_memory, calibrations, sources,
+    worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory, calibrations, sources,
 )  # fmt: skip
 
 
@@ -467,7 +472,8 @@ _FILTERS = (
 
 
 def metadata(releases: Sequence[ReleaseFacts]) -> ModelCardData:
-    """The metadata that the hub reads from the head of a card. Scores are given for a card of one release.
+    """The metadata that the hub reads from the head of a card. Scores are given for a card of one release, unless
+    they are of a trial: the hub would show them as the release's.
 
     Raises RequantError if the hub could not take the name of a base model.
     """
@@ -495,7 +501,7 @@ def metadata(releases: Sequence[ReleaseFacts]) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=tags,
         model_name=one and one.name,
-        eval_results=_eval_results(one) if one and one.benchmark.scores else None,
+        eval_results=_eval_results(one) if one and one.benchmark.scores and trial_rows(one) is None else None,
     )
 
 

@@ -239,7 +239,25 @@ def test_a_source_score_of_zero_gives_words_not_a_ratio(root):
         change(root, path, put("recovery", "exercises/exact_match", None))
     text = build_text(root)
     assert row(section(text, "Benchmarks"), "exercises")[-1].endswith("(the source scored 0: no recovery)")
-    assert row(section(text, "Variants at a glance"), f"[`{NVFP4}`](results/{NVFP4}/model/README.md)")[-1] == "97.2%"
+    recovery = row(section(text, "Variants at a glance"), f"[`{NVFP4}`](results/{NVFP4}/model/README.md)")[-1]
+    assert recovery == "97.2%; none for 1 of 2 scores: the source scored 0"
+
+
+def test_scores_of_a_trial_are_called_so_and_not_published(root):
+    release = row(section(release_text(root), "At a glance"), f"`{NVFP4}`")
+    assert "model-index" in ModelCard(release_text(root)).data.to_dict() and "trial" not in release_text(root)
+    for path in (
+        "results/reference/alpha/benchmark/default.json",
+        *(f"results/{r}/benchmark.json" for r in (NVFP4, W3A16)),
+    ):
+        change(root, path, put("settings", "limit", 8))
+    text = release_text(root)
+    assert "model-index" not in ModelCard(text).data.to_dict()
+    assert row(section(text, "At a glance"), f"`{NVFP4}`")[-1] == f"{release[-1]} (a trial)"
+    for title in ("At a glance", "Benchmarks"):
+        assert "**A trial:**" in section(text, title) and "the first 8 rows of each task" in section(text, title)
+    for title in ("Variants at a glance", "Benchmarks"):
+        assert "the first 8 rows of each task" in section(build_text(root), title)
 
 
 def test_verification_names_limits_and_the_worst_tensors(root):
