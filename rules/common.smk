@@ -402,6 +402,15 @@ def card_templates():
     return sorted(str(path) for path in (LIBRARY / "requant" / "templates").glob("*.j2"))
 
 
+def config_files():
+    """The files of --configfile as a card may name them: those outside of this directory by their name alone."""
+    here = Path.cwd()
+    return [
+        str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+        for path in map(Path, workflow.overwrite_configfiles)
+    ]
+
+
 def card_subject(wildcards):
     """What requant.card.load_release asks for, to find and describe the records of a release."""
     model = CONFIG.models[model_of(wildcards)]
@@ -413,6 +422,7 @@ def card_subject(wildcards):
         "blocks": len(blocks_of(wildcards)),
         "base_model": model.base_model,
         "license": model.license,
+        "configfiles": config_files(),
     }
 
 

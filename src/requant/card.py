@@ -64,6 +64,7 @@ class ReleaseFacts:
     name: str
     base_model: str | None
     license: str | None
+    configfiles: list[str]
     paths: RecordPaths
     source: SourceRecord
     calibration: CalibrationRecord
@@ -112,18 +113,20 @@ def load_release(
     benchmark: str,
     base_model: str | None = None,
     license: str | None = None,
+    configfiles: Sequence[str] = (),
 ) -> ReleaseFacts:
     """Reads the records of one release of `model` from the build in `root`.
 
     `blocks` counts decoder blocks; `base_model` is the model's hub name, `license` the hub's name of the
-    licence of its weights. Raises RequantError naming the file if a record is absent, lacks a field or
-    contradicts another.
+    licence of its weights; `configfiles` are those that --configfile gave to the build. Raises RequantError
+    naming the file if a record is absent, lacks a field or contradicts another.
     """
     paths = record_paths(release, model, calibration, blocks, benchmark)
     facts = ReleaseFacts(
         name=release,
         base_model=base_model,
         license=license,
+        configfiles=list(configfiles),
         paths=paths,
         source=read_json(root / paths.source, SourceRecord),
         calibration=read_json(root / paths.calibration, CalibrationRecord),
@@ -444,6 +447,12 @@ def shell_command(deploy: DeployRecord) -> str:
     return " ".join(words)
 
 
+def rebuild_command(facts: ReleaseFacts) -> str:
+    """What makes the files of a release again; --configfile comes last, since it takes all words after it."""
+    words = ["snakemake", "--cores", "all", facts.paths.pack]
+    return shlex.join([*words, *(["--configfile", *facts.configfiles] if facts.configfiles else [])])
+
+
 def scheme_text(name: str) -> str:
     """A number format in words, from its definition."""
     scheme = SCHEMES[name]
@@ -463,8 +472,9 @@ _FILTERS = (
     wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
-    scheme_text, shell_command, linear_table, tuning_table, lowered, tuned, tuning_effect, expert_loads,
-    worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory, calibrations, sources,
+    scheme_text, shell_command, rebuild_command, linear_table, tuning_table, lowered, tuned, tuning_effect,
+    expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
+    calibrations, sources,
 )  # fmt: skip
 
 

@@ -336,6 +336,13 @@ def test_provenance_has_hashes_and_versions(root):
     assert "/private/" not in build_text(root), "paths of the machine are nobody's business"
 
 
+def test_the_command_to_rebuild_has_the_config_files_of_the_build(root):
+    plain = f"snakemake --cores all results/{NVFP4}/pack.json"
+    assert f"`{plain}`, with" in section(release_text(root), "Provenance")
+    text = release_text(root, configfiles=["mine.yaml", "two words.yaml"])
+    assert f"`{plain} --configfile mine.yaml 'two words.yaml'`, with" in section(text, "Provenance")
+
+
 def test_blocks_made_by_different_libraries_are_told_apart(root):
     for block in (4, 5):
         change(root, f"results/{NVFP4}/blocks/{block}.json", put("libraries", {"torch": "2.14.0"}))
