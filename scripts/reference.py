@@ -20,4 +20,4 @@ with job(snakemake.log[0]):
         snakemake.wildcards.calibration,
     )
     unreached = f", experts never reached: {record.never_reached}" if record.never_reached else ""
-    progress(f"{record.model} reference block {record.block + 1}: {record.kind}, {record.tokens} tokens{unreached}")
+    progress(f"{record.model} reference block {record.block}: {record.kind}, {record.tokens} tokens{unreached}")

@@ -467,7 +467,7 @@ def choose_control(release: str, model: "StreamedModel", served: list[Served], l
     middle = model.blocks // 2
     lowest = 1.0
     for block in sorted(range(model.blocks), key=lambda index: abs(index - middle)):
-        progress(f"{release}: control: replaying without block {block}")
+        progress(f"{release}: control: replaying without block {block} (of {model.blocks})")
         agreement = 1 - sum(disagreements(model, served, skip_block=block)) / tokens
         if agreement < limit:
             return f"without block {block}", agreement

@@ -112,7 +112,7 @@ def evaluate(
         chains["quantized"].advance(original, shipped.block(index, quantize_activations=True), reference, mask)
         chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
         progress(
-            f"{release}: block {index + 1} of {original.blocks} evaluated, hidden-state MSE "
+            f"{release}: block {index} (of {original.blocks}) evaluated, hidden-state MSE "
             f"{chains['rounded'].errors[-1]:.3e} rounded, {chains['quantized'].errors[-1]:.3e} tuned"
         )
     tallies = tally(original, reference, {name: chain.hidden for name, chain in chains.items()}, tokens, mask)

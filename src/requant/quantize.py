@@ -122,7 +122,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     seed = block_seed(job.tuning.seed, job.release, job.block)
 
     progress(
-        f"{job.release} block {job.block + 1} of {model.blocks}: {len(linears)} Linears, {job.tuning.iters} iterations"
+        f"{job.release} block {job.block} (of {model.blocks}): {len(linears)} Linears, {job.tuning.iters} iterations"
     )
     if job.tuning.iters:
         for name in linears:
@@ -187,7 +187,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     )
     write_json(out_record, record)
     progress(
-        f"{job.release} block {job.block + 1} of {model.blocks}: loss {losses[0]:.3e} -> {losses[best]:.3e} "
+        f"{job.release} block {job.block} (of {model.blocks}): loss {losses[0]:.3e} -> {losses[best]:.3e} "
         f"at iteration {best}, {record.seconds:.0f} s"
     )
     return record
@@ -251,7 +251,7 @@ def _reporter(job: BlockJob, blocks: int) -> Callable[[int, float], None]:
             seconds = (now - reported[0]) / iteration * (job.tuning.iters - 1 - iteration)
             left = f", {seconds:.0f} s left in this block"
         progress(
-            f"{job.release} block {job.block + 1} of {blocks}: iteration {iteration + 1} of {job.tuning.iters}, "
+            f"{job.release} block {job.block} (of {blocks}): iteration {iteration + 1} of {job.tuning.iters}, "
             f"loss {loss:.3e}{left}"
         )
 

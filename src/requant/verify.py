@@ -90,7 +90,7 @@ def verify(
                 check_unchanged(name, tensor, packed)
                 unchanged += 1
         if block is not None:
-            progress(f"{release}: block {block + 1} of {blocks} verified, {len(checks)} quantized tensors so far")
+            progress(f"{release}: block {block} (of {blocks}) verified, {len(checks)} quantized tensors so far")
     groups = check_groups(sorted(quantized), scales, blocks) if scheme.is_nvfp4 else 0
     worst = min(checks, key=lambda name: checks[name].cosine)
     count = len(checks)

@@ -72,6 +72,12 @@ def test_figures_are_those_of_whole_models(case, tmp_path):
         assert record.activations.startswith("rounded to NVFP4")
 
 
+def test_blocks_are_counted_from_0_as_their_files_are(case, capsys):
+    run(case)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " evaluated" in line]
+    assert len(lines) == 2 and "r: block 0 (of 2) " in lines[0] and "r: block 1 (of 2) " in lines[1]
+
+
 def test_plain_rounding_is_iteration_0(case):
     """The release of this test was rounded plainly, so both columns are one model."""
     record = run(case)

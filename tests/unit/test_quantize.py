@@ -71,6 +71,12 @@ def test_iteration_0_is_plain_rounding(chain, scheme, tmp_path):
     assert tuned.loss_initial == pytest.approx(rounded.loss_initial, rel=0.02)
 
 
+def test_progress_names_the_block_as_its_files_do(chain, tmp_path, capsys):
+    run(job(chain, tuning={"iters": 1}), tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " r block " in line]
+    assert lines and all(" r block 1 (of 2): " in line for line in lines)
+
+
 def test_tuned_weights_are_what_the_file_decodes_to(chain, tmp_path, monkeypatch):
     seen = {}
     tune = autoround.tune

@@ -104,6 +104,12 @@ def test_a_good_release_passes_and_the_record_counts_everything(source, release)
     )
 
 
+def test_blocks_are_counted_from_0_as_their_files_are(source, made, tmp_path, capsys):
+    verify(source, made["W3A16"] / "model", "r", VERIFY_DEFAULTS["W3A16"], 8, tmp_path / "verify.json")
+    lines = [line for line in capsys.readouterr().err.splitlines() if " verified" in line]
+    assert len(lines) == 2 and "r: block 0 (of 2) " in lines[0] and "r: block 1 (of 2) " in lines[1]
+
+
 def test_a_code_of_the_wrong_size_of_error_fails_the_limits(source, release):
     with pytest.raises(RequantError, match=r"weight: cosine 0\.\d+ against the source; expected 0.9999 or more"):
         check(source, release, (0.9999, 1.0))
