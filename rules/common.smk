@@ -19,7 +19,7 @@ sys.setrecursionlimit(20_000)
 
 from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
-from requant.buildlock import drop_stale_locks
+from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
 from requant.errors import RequantError
@@ -53,7 +53,12 @@ def or_stop(function, *arguments):
 CONFIG = or_stop(parse_config, {key: value for key, value in config.items() if key != "model"})
 
 if workflow.is_main_process:
-    drop_stale_locks(os.getcwd())
+    drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
+    if (other := other_build(os.getcwd())) is not None:
+        print(
+            f"another build is running here (process {other}): wait for it or end it; --unlock is for dead builds",
+            file=sys.stderr,
+        )
 
 
 # Where things are

@@ -123,6 +123,29 @@ def test_a_dead_builds_lock_is_dropped_and_a_living_ones_kept(tmp_path):
     assert not list(locks.iterdir())
 
 
+def test_a_second_build_is_told_which_process_is_in_its_way(tmp_path):
+    look = "from requant.buildlock import *; drop_stale_locks('.', builds=False); print(other_build('.'))"
+
+    def told():
+        return run_python(look, cwd=tmp_path).stdout.strip()
+
+    locks = tmp_path / ".snakemake" / "locks"
+    locks.mkdir(parents=True)
+    first, _ = living_build(tmp_path)
+    assert told() == "None", "it holds none of Snakemake's locks yet"
+    (locks / "0.input.lock").write_text("a\n")
+    assert told() == str(first.pid)
+    second, _ = living_build(tmp_path)
+    assert told() == str(first.pid), "the second did not take the first one's place"
+    kill(first)
+    third, _ = living_build(tmp_path)
+    assert told() == str(third.pid), "the first is dead"
+    kill(third)
+    assert told() == "None"
+    kill(second)
+    assert told() == "None" and not list(locks.iterdir())
+
+
 def test_every_module_behind_a_script_is_found(tmp_path):
     package = tmp_path / "requant"
     package.mkdir()
