@@ -1,4 +1,4 @@
-"""Tuning a block's rounding with AutoRound (SignRound, arXiv 2309.05516), through its public `quantize_block`.
+"""The `auto_round` engine: AutoRound (SignRound, arXiv 2309.05516), through its public `quantize_block`.
 
 AutoRound sees a model of one decoder block. What it leaves to chance is set here before it starts: one global scale
 for each group of projections that engines fuse, an activation maximum for experts that no token reached, and the
@@ -8,7 +8,6 @@ seed. What it keeps to itself, the loss at each iteration, is read from its log 
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -19,14 +18,7 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight
 from requant.errors import RequantError
 from requant.schemes import Scheme
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning a block gave. weights: by Linear name in the block; losses: minibatch MSE by iteration."""
-
-    weights: dict[str, QuantizedWeight]
-    losses: list[float]
+from requant.tuned import Tuned, settings
 
 
 class OneBlockModel(nn.Module):
@@ -52,30 +44,6 @@ class MaskedBlock(nn.Module):
         return self.block(hidden_states, **kwargs) * valid.to(hidden_states.dtype)
 
 
-def settings(scheme: Scheme, tuning: Tuning) -> dict:
-    """Every setting of a tuning run, AutoRound's defaults spelled out."""
-    lr = tuning.lr or 1.0 / max(tuning.iters, 1)
-    return {
-        "iters": tuning.iters,
-        "batch_size": tuning.batch_size,
-        "gradient_accumulate_steps": tuning.gradient_accumulate_steps,
-        "lr": lr,
-        "lr_schedule": "linear to 0",
-        "minmax": tuning.minmax,
-        "minmax_lr": tuning.minmax_lr or lr,
-        "momentum": tuning.momentum,
-        "optimizer": "SignSGD",
-        "loss": "MSE of the block's output",
-        "best_mse": tuning.best_mse,
-        "inputs": tuning.inputs,
-        "weight_bits": scheme.weight_bits,
-        "group_size": scheme.group_size,
-        "activation_bits": scheme.activation_bits,
-        "scale_dtype": "float8_e4m3fn" if scheme.is_nvfp4 else "bfloat16",
-        "torch_compile": False,
-    }
-
-
 def tune(
     block: nn.Module,
     model_config,
@@ -89,6 +57,7 @@ def tune(
     tuning: Tuning,
     seed: int,
     report: Callable[[int, float], None],
+    torch_compile: bool = False,
 ) -> Tuned:
     """Tunes the rounding of the Linears `linears` of `block`, whose weights end up on their grids.
 
@@ -130,7 +99,7 @@ def tune(
             batch_size=tuning.batch_size,
             seed=seed,
             device_map=tuning.device,
-            enable_torch_compile=False,
+            enable_torch_compile=torch_compile,
             layer_config={prefix + name: {"bits": 16, "act_bits": 16} for name in kept},
         )
         tuner.post_init()

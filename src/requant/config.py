@@ -88,8 +88,10 @@ class Calibration(Section):
 class Tuning(Section):
     """How the rounding of a block is tuned (SignRound, arXiv 2309.05516)."""
 
-    engine: Literal["auto_round"] = Field("auto_round", description="what tunes")
-    iters: Annotated[int, Field(ge=0, le=100_000, strict=True)] = Field(200, description="0 is plain rounding")
+    engine: Literal["fused", "auto_round"] = Field(
+        "fused", description="what tunes: requant's own SignRound, or AutoRound, which it is measured against"
+    )
+    iters: Annotated[int, Field(ge=0, le=50_000, strict=True)] = Field(200, description="0 is plain rounding")
     batch_size: PositiveInt = Field(8, description="samples a step")
     gradient_accumulate_steps: PositiveInt = Field(1, description="batches added up for one step")
     lr: float | None = Field(None, gt=0, description="step of the rounding offsets; 1/iters if absent")
@@ -103,6 +105,16 @@ class Tuning(Section):
     seed: Seed = Field(42, description="with release and block it gives each block's seed")
     threads: PositiveInt = Field(1, description="CPU threads of a tuning job; a part of what the bytes depend on")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$", description="cpu, cuda or xpu")
+
+    @model_validator(mode="after")
+    def _engine_can(self):
+        if self.engine == "fused":
+            for key, unable in (("momentum", self.momentum > 0), ("device", self.device.startswith("xpu"))):
+                if unable:
+                    raise ValueError(
+                        f"{key}: {getattr(self, key)!r}: engine fused has none; expected another, or engine: auto_round"
+                    )
+        return self
 
 
 class Verify(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from requant import int_pack, nvfp4
+from requant import int_pack, nvfp4, signround
 from requant.schemes import Scheme
 
 
@@ -35,12 +35,12 @@ def codes(quantized: QuantizedWeight, scheme: Scheme) -> torch.Tensor:
 def plain_rounding(weight: torch.Tensor, tensor_scale: torch.Tensor | None, scheme: Scheme) -> QuantizedWeight:
     """`weight` [out, in] rounded to nearest with the scales of its largest magnitudes: iteration 0 of tuning."""
     if scheme.is_nvfp4:
-        scales = nvfp4.group_scales(weight, tensor_scale)
-        grid = nvfp4.values(nvfp4.round_to_codes(weight, scales, tensor_scale), scales, tensor_scale)
-        return QuantizedWeight(grid.to(torch.bfloat16), scales, tensor_scale)
-    scales = int_pack.group_scales(weight, scheme.weight_bits, scheme.group_size)
-    grid = int_pack.values(int_pack.round_to_codes(weight, scales, scheme.weight_bits), scales)
-    return QuantizedWeight(grid.to(torch.bfloat16), scales)
+        rounded = signround.round_nvfp4(weight.float(), 0.0, 1.0, tensor_scale.expand(len(weight)))
+        scales = rounded.scales.to(torch.float8_e4m3fn)
+    else:
+        rounded = signround.round_integers(weight, 0.0, 1.0, 1.0, scheme.weight_bits, scheme.group_size)
+        scales = rounded.scales
+    return QuantizedWeight(rounded.values.to(torch.bfloat16), scales, tensor_scale)
 
 
 def encode(

@@ -8,18 +8,9 @@ are one little-endian bit stream a row, in int32 words.
 import torch
 
 
-def group_scales(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """weight [out, in] -> BF16 [out, in / group]: plain rounding's scales, the larger tail on the longer side."""
-    groups = weight.float().unflatten(-1, (-1, group_size))
-    low, high = groups.amin(-1).clamp(max=0).neg(), groups.amax(-1).clamp(min=0)
-    peak = torch.where(high < low, low, -high)
-    scale = (peak / 2 ** (bits - 1)).to(torch.bfloat16)
-    smallest = torch.tensor(1e-5, dtype=torch.bfloat16)
-    return torch.where(scale < 0, scale.clamp(max=-smallest), scale.clamp(min=smallest))
-
-
 def round_to_codes(weight: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """weight [out, in], scales [out, in / group] -> int8 codes [out, in]: nearest, ties to even."""
+    """weight [out, in], scales [out, in / group] -> int8 codes [out, in]: those that the values of a
+    tuned or rounded weight stand for."""
     step = scales.float().repeat_interleave(weight.shape[-1] // scales.shape[-1], dim=-1)
     limit = 2 ** (bits - 1)
     return torch.round(weight.float() / step).clamp(-limit, limit - 1).to(torch.int8)

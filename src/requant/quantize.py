@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from requant import autoround, nvfp4
+from requant import __version__, autoround, fused, nvfp4
 from requant.architecture import ALWAYS_KEPT, expert_counts, fused_groups
 from requant.blocks import empty_block, fill
 from requant.chain import load_masks
@@ -23,13 +23,17 @@ from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
 from requant.packed import PARTS, decode_parts, input_rounder
 from requant.records import BlockRecord, write_json
-from requant.routing import observe
+from requant.routing import Observation, observe
 from requant.safetensors_io import save
 from requant.schemes import SCHEMES, Scheme
 from requant.streamed import StreamedModel
+from requant.tuned import settings
 
-# Libraries that a block's bytes can depend on.
-LIBRARIES = ("auto-round", "numpy", "safetensors", "torch", "transformers")
+# Libraries that a block's bytes can depend on, by engine.
+LIBRARIES = {
+    "fused": ("numba", "numpy", "safetensors", "torch", "transformers"),
+    "auto_round": ("auto-round", "numpy", "safetensors", "torch", "transformers"),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,40 @@ def input_peaks(linears: list[str], prefix: str, seen: dict[str, torch.Tensor]) 
     return peaks
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A block ready to be tuned, its Linears with `weight_global_scale` and `act_max` where the scheme has them.
+
+    linears: to quantize, names as in the checkpoint; kept: left in BF16, with the reason. tensor_scales and peaks:
+    those two values, by Linear. seen: the block's pass over its inputs.
+    """
+
+    block: nn.Module
+    linears: list[str]
+    kept: dict[str, str]
+    tensor_scales: dict[str, torch.Tensor]
+    peaks: dict[str, torch.Tensor]
+    seen: Observation
+
+
+def prepare(
+    model: StreamedModel, index: int, scheme: Scheme, keep: list[str], hidden: torch.Tensor, mask: torch.Tensor | None
+) -> Prepared:
+    """Block `index` of `model` with what has to be known before it is tuned on hidden states [n, T, width]."""
+    block, prefix = model.block(index), f"model.layers.{index}."
+    linears, kept = choose_linears(block, prefix, scheme, keep)
+    seen = observe(model, block, hidden, mask)
+    tensor_scales = share_global_scales(block, prefix, linears) if scheme.is_nvfp4 else {}
+    peaks = input_peaks(linears, prefix, seen.input_amax) if scheme.quantizes_activations else {}
+    for name in linears:
+        module = block.get_submodule(name.removeprefix(prefix))
+        if name in tensor_scales:
+            module.weight_global_scale = tensor_scales[name]
+        if name in peaks:
+            module.act_max = peaks[name]
+    return Prepared(block, linears, kept, tensor_scales, peaks, seen)
+
+
 def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path) -> BlockRecord:
     """Quantizes one block and writes its packed tensors, its record and the inputs of the next block.
 
@@ -113,42 +151,27 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     hidden = load_file(job.hidden)["calibration"]
     targets = load_file(job.targets)["calibration"]
     mask = load_masks(load_file(job.tokens))["calibration"]
-    block = model.block(job.block)
+    prepared = prepare(model, job.block, scheme, job.keep, hidden, mask)
+    block, linears, seen, peaks = prepared.block, prepared.linears, prepared.seen, prepared.peaks
     source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    linears, kept = choose_linears(block, prefix, scheme, job.keep)
-    seen = observe(model, block, hidden, mask)
-    tensor_scales = share_global_scales(block, prefix, linears) if scheme.is_nvfp4 else {}
-    peaks = input_peaks(linears, prefix, seen.input_amax) if scheme.quantizes_activations else {}
     seed = block_seed(job.tuning.seed, job.release, job.block)
 
     progress(
         f"{job.release} block {job.block} (of {model.blocks}): {len(linears)} Linears, {job.tuning.iters} iterations"
     )
     if job.tuning.iters:
-        for name in linears:
-            module = block.get_submodule(name.removeprefix(prefix))
-            if name in tensor_scales:
-                module.weight_global_scale = tensor_scales[name]
-            if name in peaks:
-                module.act_max = peaks[name]
-        tuned = autoround.tune(
-            block,
-            model.config,
-            str(job.source),
-            [name.removeprefix(prefix) for name in linears],
-            hidden,
-            targets,
-            mask,
-            model.positions(hidden.shape[1]),
-            scheme,
-            job.tuning,
-            seed,
-            _reporter(job, model.blocks),
-        )
+        named = [name.removeprefix(prefix) for name in linears]
+        positions = model.positions(hidden.shape[1])
+        what = (hidden, targets, mask, positions, scheme, job.tuning, seed, _reporter(job, model.blocks))
+        if job.tuning.engine == "fused":
+            tuned = fused.tune(block, named, *what)
+        else:
+            tuned = autoround.tune(block, model.config, str(job.source), named, *what)
         weights = {prefix + name: weight for name, weight in tuned.weights.items()}
         losses = tuned.losses
     else:
-        weights = {name: plain_rounding(source[f"{name}.weight"], tensor_scales.get(name), scheme) for name in linears}
+        scales = prepared.tensor_scales
+        weights = {name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme) for name in linears}
         losses = []
 
     tensors = packed_tensors(source, weights, peaks, scheme)
@@ -165,9 +188,9 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         kind="moe" if job.block in expert_counts(model.checkpoint.index, model.blocks) else "dense",
         scheme=scheme.name,
         engine=job.tuning.engine if job.tuning.iters else "plain rounding",
-        engine_version=autoround.engine_version(),
-        libraries={name: version(name) for name in LIBRARIES},
-        settings=autoround.settings(scheme, job.tuning) | {"seed": job.tuning.seed},
+        engine_version=autoround.engine_version() if job.tuning.engine == "auto_round" else __version__,
+        libraries={name: version(name) for name in LIBRARIES[job.tuning.engine]},
+        settings=settings(scheme, job.tuning) | {"seed": job.tuning.seed},
         seed=seed,
         loss_initial=losses[0],
         loss_best=losses[best],
@@ -175,7 +198,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         iterations=job.tuning.iters,
         losses=losses,
         quantized={f"{name}.weight": list(source[f"{name}.weight"].shape) for name in linears},
-        kept=kept,
+        kept=prepared.kept,
         shared_global_scale=fused_groups([f"{name}.weight" for name in linears]) if scheme.is_nvfp4 else [],
         tokens_per_expert=seen.tokens_per_expert,
         never_reached=[expert for expert, count in enumerate(seen.tokens_per_expert) if count == 0],

@@ -1,4 +1,4 @@
-"""Quantizing a block: AutoRound's result is what is written, and nothing is left to chance."""
+"""Quantizing a block: the tuner's result is what is written, and nothing is left to chance."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from requant import autoround
+from requant import autoround, fused
 from requant.chain import embed, run_reference_block
 from requant.checkpoint import Checkpoint
 from requant.config import Tuning
@@ -61,14 +61,17 @@ def run(job, folder):
     return quantize_block(job, folder / "b.safetensors", folder / "b.json", folder / "h.safetensors")
 
 
+@pytest.mark.parametrize("engine", ["fused", "auto_round"])
 @pytest.mark.parametrize("scheme", ["NVFP4", "W3A16"])
-def test_iteration_0_is_plain_rounding(chain, scheme, tmp_path):
-    """The encoder of requant at iteration 0 and AutoRound's first forward pass are the same quantization."""
-    samples = {"tuning": {"iters": 1, "batch_size": 16}}
+def test_iteration_0_is_plain_rounding(chain, scheme, engine, tmp_path):
+    """Both engines after one iteration, which no step preceded, and plain rounding write the same bytes."""
+    samples = {"tuning": {"iters": 1, "batch_size": 16, "engine": engine}}
     tuned = run(job(chain, scheme, **samples), tmp_path)
+    digest = file_entry(tmp_path / "b.safetensors").sha256
     rounded = run(job(chain, scheme, tuning={"iters": 0}), tmp_path)
-    assert rounded.engine == "plain rounding" and tuned.engine == "auto_round"
+    assert rounded.engine == "plain rounding" and tuned.engine == engine
     assert tuned.loss_initial == pytest.approx(rounded.loss_initial, rel=0.02)
+    assert file_entry(tmp_path / "b.safetensors").sha256 == digest
 
 
 def test_progress_names_the_block_as_its_files_do(chain, tmp_path, capsys):
@@ -77,17 +80,18 @@ def test_progress_names_the_block_as_its_files_do(chain, tmp_path, capsys):
     assert lines and all(" r block 1 (of 2): " in line for line in lines)
 
 
-def test_tuned_weights_are_what_the_file_decodes_to(chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", [fused, autoround])
+def test_tuned_weights_are_what_the_file_decodes_to(chain, engine, tmp_path, monkeypatch):
     seen = {}
-    tune = autoround.tune
+    tune = engine.tune
 
     def keep(*arguments):
         found = tune(*arguments)
         seen.update(found.weights)
         return found
 
-    monkeypatch.setattr(autoround, "tune", keep)
-    record = run(job(chain), tmp_path)
+    monkeypatch.setattr(engine, "tune", keep)
+    record = run(job(chain, tuning={"engine": "fused" if engine is fused else "auto_round"}), tmp_path)
     tensors = load_file(tmp_path / "b.safetensors")
     assert len(seen) == len(record.quantized) == 5 + 3 * 9
     for name, quantized in seen.items():

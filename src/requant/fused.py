@@ -1,0 +1,549 @@
+"""The `fused` engine: SignRound over stacked weights, a block's experts in one matrix product.
+
+The same algorithm as AutoRound's (see `signround`), made for many experts: the routed experts of a block are one
+stack a projection, their tokens are sorted by expert, and quantize-dequantize, backward and step are one pass each
+over the stack. Everything else in the block is transformers' own module.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from requant.architecture import fused_groups
+from requant.blocks import Experts
+from requant.config import Tuning
+from requant.errors import RequantError
+from requant.nvfp4 import global_scale
+from requant.schemes import Scheme
+from requant.stacks import Schedule, Stack, kernels_for
+from requant.threads import in_parts, side_by_side
+from requant.tuned import Tuned, settings
+
+# Rows of an expert in a batched product are filled up to a multiple of this: few distinct shapes, no new kernels.
+ROW_MULTIPLE = 32
+# A batched product over all experts may have this many times the rows that were routed, else experts go one by one.
+MOST_PADDING = 2.0
+# Tokens of the longest samples whose attention scores are held whole.
+LONGEST_SHORT = 512
+
+
+@dataclass
+class Iteration:
+    """Where the tuner is, as the backward pass needs to know it. more: other batches follow before the step."""
+
+    index: int = 0
+    more: bool = False
+    used: set[int] = field(default_factory=set)
+
+    def use(self, stack: Stack) -> None:
+        """Notes that a stack's values are used. RuntimeError if they were already: a step is made at every use."""
+        if id(stack) in self.used:
+            raise RuntimeError(f"{next(iter(stack.rows))}: used twice in one pass of its block")
+        self.used.add(id(stack))
+
+
+class TunedLinears:
+    """Linears of one input, tuned as one stack: the first that is asked computes the outputs of all.
+
+    input_scale: float32 [1], the static tensor scale of their NVFP4 inputs.
+    """
+
+    def __init__(self, stack: Stack, input_scale: torch.Tensor | None, iteration: Iteration):
+        self.stack, self.input_scale, self.iteration = stack, input_scale, iteration
+        self.anchor = torch.zeros(0, device=stack.weight.device, requires_grad=True)
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    def output(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out] of the Linear `name`."""
+        if self._input is not x:
+            self.iteration.use(self.stack)
+            self._input = x
+            rows = x.reshape(-1, x.shape[-1])
+            scale = None if self.input_scale is None else self.input_scale.expand(len(rows)).contiguous()
+            output = _Product.apply(rows, self.anchor, self.stack, scale, self.iteration)
+            parts = output.view(*x.shape[:-1], -1).split(list(self.stack.rows.values()), dim=-1)
+            self._outputs = dict(zip(self.stack.rows, parts, strict=True))
+        output = self._outputs.pop(name)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+class TunedLinear(nn.Module):
+    """One of `TunedLinears`, in the place of the Linear `name`."""
+
+    def __init__(self, linear: nn.Linear, name: str, linears: TunedLinears):
+        super().__init__()
+        self.name, self.linears, self.bias = name, linears, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.linears.output(self.name, x)
+        return output if self.bias is None else output + self.bias
+
+
+class Norm(nn.Module):
+    """An RMSNorm of transformers in one pass each way; its weight is not tuned."""
+
+    def __init__(self, norm: nn.Module, kernels: ModuleType):
+        super().__init__()
+        self.weight, self.epsilon, self.kernels = norm.weight, norm.variance_epsilon, kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Normalized.apply(x, self)
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm):
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        out, roots = norm.kernels.normalize(rows, norm.weight.detach(), norm.epsilon)
+        ctx.save_for_backward(rows, roots)
+        ctx.norm = norm
+        return out.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, roots = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        of_rows = ctx.norm.kernels.normalize_backward(flat, rows, ctx.norm.weight.detach(), roots)
+        return of_rows.view_as(gradient), None
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention of [n, T, width] queries, keys and values; scores in float32, shares in BF16."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        query, key, value = (tensor.detach().contiguous() for tensor in (query, key, value))
+        from requant.kernels_cpu import attend
+
+        shares = attend(torch.bmm(query.float(), key.float().transpose(1, 2)), scale)
+        ctx.save_for_backward(query, key, value, shares)
+        ctx.scale = scale
+        return torch.bmm(shares, value)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, shares = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_value = torch.bmm(shares.transpose(1, 2), gradient)
+        of_shares = torch.bmm(gradient, value.transpose(1, 2))
+        from requant.kernels_cpu import attend_backward
+
+        of_scores = attend_backward(of_shares, shares, ctx.scale)
+        return torch.bmm(of_scores, key), torch.bmm(of_scores.transpose(1, 2), query), of_value, None
+
+
+def short_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Causal attention in transformers' form, [batch, heads, T, width] in and [batch, T, heads, width] out."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+
+    heads = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = (tensor.flatten(0, 1) for tensor in (query, repeat_kv(key, heads), repeat_kv(value, heads)))
+    output = _Attention.apply(*parts, scale)
+    return output.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def attention_chosen(block: nn.Module, device: torch.device, length: int) -> Iterator[None]:
+    """Lets the attention of `block` over `length` tokens run as `short_attention`, on a CPU if its scores are few."""
+    from transformers import AttentionInterface
+
+    configs = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    if device.type == "cpu" and length <= LONGEST_SHORT:
+        AttentionInterface.register("requant_short", short_attention)
+        for config in configs.values():
+            config._attn_implementation = "requant_short"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+class TunedExperts(nn.Module):
+    """The routed experts of a block, tuned; the call of `Experts`.
+
+    gate_up, down: stacks of all experts, expert after expert; in gate_up each expert's gate rows before its up rows.
+    input_scales: float32 [experts] of gate_up's and of down's inputs, NVFP4 only.
+    """
+
+    def __init__(
+        self, gate_up: Stack, down: Stack, input_scales: tuple[torch.Tensor, torch.Tensor] | None, iteration: Iteration
+    ):
+        super().__init__()
+        self.gate_up, self.down, self.input_scales, self.iteration = gate_up, down, input_scales, iteration
+        self.count = len(down.rows)
+        self.anchor = nn.Parameter(torch.zeros(0, device=gate_up.weight.device))
+
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """hidden [tokens, width], chosen and gates [tokens, k] -> [tokens, width]: the gated sum of the experts."""
+        self.iteration.use(self.down)
+        routing = Routing.of(chosen, self.count)
+        scales = (None, None) if self.input_scales is None else [scale[routing.expert] for scale in self.input_scales]
+        return _Experts.apply(hidden, gates.float(), self.anchor, self, routing, scales)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Tokens sorted by expert: each expert has rows of its own, of which it may not use the last ones.
+
+    starts: the first row of each expert, and the number of rows. size: rows of an expert if all have equally many,
+    else 0. token: [rows] the token of each row, -1 for none. expert: [rows] whose row it is. rows: [tokens, k] the
+    row of each token's choices.
+    """
+
+    starts: list[int]
+    size: int
+    token: torch.Tensor
+    expert: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, chosen: torch.Tensor, experts: int) -> "Routing":
+        """chosen: [tokens, k], the experts of each token."""
+        flat, device = chosen.reshape(-1), chosen.device
+        order = torch.argsort(flat, stable=True)
+        found = torch.bincount(flat, minlength=experts)
+        counts = found.tolist()
+        size = filled_up(max(counts))
+        if chosen.is_cuda or size * experts > MOST_PADDING * len(flat) + ROW_MULTIPLE * experts:
+            size = 0
+        lengths = [size or filled_up(count) for count in counts]
+        starts = [0, *accumulate(lengths)]
+        shift = torch.tensor(starts[:-1], device=device) - (found.cumsum(0) - found)
+        sorted_rows = torch.arange(len(flat), device=device) + shift[flat[order]]
+        rows = torch.empty_like(order)
+        rows[order] = sorted_rows
+        token = torch.full((starts[-1],), -1, device=device)
+        token[sorted_rows] = order // chosen.shape[-1]
+        expert = torch.arange(experts, device=device).repeat_interleave(
+            torch.tensor(lengths, device=device), output_size=starts[-1]
+        )
+        return cls(starts, size, token, expert, rows.view_as(chosen))
+
+    @property
+    def experts(self) -> int:
+        return len(self.starts) - 1
+
+    def rows_of(self, experts: slice) -> slice:
+        return slice(self.starts[experts.start], self.starts[experts.stop])
+
+    def ends_of(self, experts: slice) -> torch.Tensor:
+        """int32: where the rows of each of `experts` end, counted from the first row of all of them."""
+        start = self.starts[experts.start]
+        ends = [end - start for end in self.starts[experts.start + 1 : experts.stop + 1]]
+        return torch.tensor(ends, dtype=torch.int32, device=self.token.device)
+
+
+def filled_up(rows: int) -> int:
+    """The next multiple of ROW_MULTIPLE."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+class _Experts(torch.autograd.Function):
+    """All routed experts at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, gates, anchor, experts, routing, scales):
+        hidden, gates = hidden.detach().contiguous(), gates.detach().contiguous()
+        kernels = experts.down.kernels
+        rows = kernels.spread(hidden, routing.token, scales[0])
+        gate_up = product(rows, experts.gate_up, routing)
+        inner = kernels.gate(gate_up, routing.token, scales[1])
+        outputs = product(inner, experts.down, routing)
+        ctx.save_for_backward(hidden, gates, rows, gate_up, inner, outputs)
+        ctx.experts, ctx.routing, ctx.scales = experts, routing, scales
+        return kernels.combine(outputs, routing.rows, gates)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, gates, rows, gate_up, inner, outputs = ctx.saved_tensors
+        experts, routing, scales = ctx.experts, ctx.routing, ctx.scales
+        down, kernels, iteration = experts.down, experts.down.kernels, experts.iteration
+        gradient, of_gates = kernels.combine_backward(gradient.contiguous(), outputs, routing.rows, gates)
+        of_inner = product_backward(gradient, down, routing)
+        step(down, gradient, inner, iteration, routing)
+        gradient = kernels.gate_backward(of_inner, gate_up, routing.token, scales[1])
+        of_rows = product_backward(gradient, experts.gate_up, routing)
+        step(experts.gate_up, gradient, rows, iteration, routing)
+        of_hidden = kernels.spread_backward(of_rows, hidden, routing.rows, scales[0])
+        return of_hidden, of_gates, None, None, None, None
+
+
+class _Product(torch.autograd.Function):
+    """rows [rows, in] times the transposed weights of a stack.
+
+    Inputs are rounded to NVFP4 on the way in if there is a scale [rows]. The backward pass spends the gradient of
+    the weights on the stack's step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, anchor, stack, scale, iteration):
+        x = x.detach().contiguous()
+        rounded = x if scale is None else stack.kernels.round_inputs(x, scale)
+        ctx.save_for_backward(x, rounded, scale)
+        ctx.stack, ctx.iteration = stack, iteration
+        return product(rounded, stack)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, rounded, scale = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = product_backward(gradient, ctx.stack)
+            if scale is not None:
+                of_x = ctx.stack.kernels.round_inputs_backward(of_x, x, scale)
+        step(ctx.stack, gradient, rounded, ctx.iteration)
+        return of_x, None, None, None, None
+
+
+def product(x: torch.Tensor, stack: Stack, routing: Routing | None = None) -> torch.Tensor:
+    """x [rows, in] times the stack's values, transposed -> [rows, out]; with a routing, each row with its expert's."""
+    if routing is None:
+        return torch.mm(x, stack.values().t())
+    out = x.new_empty(len(x), len(stack.weight) // routing.experts)
+    for experts, weight in parts_of(stack, routing):
+        by_expert(x, weight.transpose(1, 2), out, experts, routing)
+    return out
+
+
+def product_backward(gradient: torch.Tensor, stack: Stack, routing: Routing | None = None) -> torch.Tensor:
+    """gradient [rows, out] of `product` -> that of x [rows, in]."""
+    if routing is None:
+        return torch.mm(gradient, stack.values())
+    out = gradient.new_empty(len(gradient), stack.weight.shape[1])
+    for experts, weight in parts_of(stack, routing):
+        by_expert(gradient, weight, out, experts, routing)
+    return out
+
+
+def step(
+    stack: Stack, gradient: torch.Tensor, x: torch.Tensor, iteration: Iteration, routing: Routing | None = None
+) -> None:
+    """Spends gradient [rows, out] and x [rows, in] of `product` on a step of the stack's weights."""
+    if routing is None:
+        stack.step(torch.mm(gradient.t(), x), iteration.index, iteration.more)
+        return
+    rows = len(stack.weight) // routing.experts
+    for first, last in stack.parts(rows):
+        experts = slice(first // rows, last // rows)
+        of_weight = weight_gradient(gradient, x, experts, routing)
+        stack.step(of_weight.flatten(0, 1), iteration.index, iteration.more, first)
+
+
+def parts_of(stack: Stack, routing: Routing) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some experts at a time, with their values [experts, out, in]."""
+    rows = len(stack.weight) // routing.experts
+    for first, last in stack.parts(rows):
+        yield slice(first // rows, last // rows), stack.values(first, last).unflatten(0, (-1, rows))
+
+
+def by_expert(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, experts: slice, routing: Routing) -> None:
+    """Fills the rows of `experts` in out [rows, n]: x [rows, m] times weight [experts, m, n], each with its own."""
+    rows = routing.rows_of(experts)
+    if x.is_cuda:
+        out[rows] = nn.functional.grouped_mm(x[rows], weight, offs=routing.ends_of(experts))
+    elif routing.size:
+        left, products = (tensor[rows].unflatten(0, (-1, routing.size)) for tensor in (x, out))
+
+        def work(first: int, last: int) -> None:
+            torch.bmm(left[first:last], weight[first:last], out=products[first:last])
+
+        in_parts(work, len(weight), x.nbytes)
+    else:
+        for expert in range(experts.start, experts.stop):
+            part = routing.rows_of(slice(expert, expert + 1))
+            torch.mm(x[part], weight[expert - experts.start], out=out[part])
+
+
+def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, experts: slice, routing: Routing) -> torch.Tensor:
+    """gradient [rows, n], x [rows, m] of `by_expert` -> the gradient of the weights of `experts` [experts, n, m]."""
+    rows = routing.rows_of(experts)
+    if x.is_cuda:
+        return nn.functional.grouped_mm(gradient[rows].t(), x[rows], offs=routing.ends_of(experts))
+    out = x.new_zeros(experts.stop - experts.start, gradient.shape[1], x.shape[1])
+    if routing.size:
+        left, right = (tensor[rows].unflatten(0, (-1, routing.size)) for tensor in (gradient, x))
+        left = left.transpose(1, 2)
+
+        def work(first: int, last: int) -> None:
+            torch.bmm(left[first:last], right[first:last], out=out[first:last])
+
+        in_parts(work, len(out), x.nbytes)
+    else:
+        for expert in range(experts.start, experts.stop):
+            part = routing.rows_of(slice(expert, expert + 1))
+            torch.mm(gradient[part].t(), x[part], out=out[expert - experts.start])
+    return out
+
+
+def tune(
+    block: nn.Module,
+    linears: list[str],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: tuple[torch.Tensor, torch.Tensor],
+    scheme: Scheme,
+    tuning: Tuning,
+    seed: int,
+    report: Callable[[int, float], None],
+) -> Tuned:
+    """Tunes the rounding of the Linears `linears` of `block`; the block is taken apart for it.
+
+    hidden, targets: BF16 [n, T, width], the block's inputs and the full-precision block's outputs. mask: [n, T],
+    1 for tokens that count, or None. Linears carry `weight_global_scale` and `act_max`, float32 [1], where the
+    scheme has them. report: called with (iteration, loss) as tuning goes on.
+    """
+    device = torch.device(tuning.device)
+    chosen = settings(scheme, tuning)
+    schedule = Schedule(tuning.iters, chosen["lr"], chosen["minmax_lr"], tuning.minmax)
+    iteration = Iteration()
+    block.to(device)
+    positions = tuple(part.to(device) for part in positions)
+    stacks = take_apart(block, linears, scheme, schedule, iteration)
+    batches = sample_order(len(hidden), tuning.batch_size, tuning.gradient_accumulate_steps, seed)
+    losses: list[float] = []
+    attention = attention_chosen(block, device, hidden.shape[1])
+    with side_by_side(tuning.threads), attention, same_bytes(device):
+        for index in range(tuning.iters):
+            samples = next(batches)
+            counted = hidden[samples].numel() if mask is None else int(mask[samples].sum()) * hidden.shape[-1]
+            iteration.index, total = index, 0.0
+            parts = [samples[start : start + tuning.batch_size] for start in range(0, len(samples), tuning.batch_size)]
+            for number, part in enumerate(parts):
+                iteration.used.clear()
+                output = block(hidden[part].to(device), position_embeddings=positions)
+                error = output.float() - targets[part].to(device).float()
+                if mask is not None:
+                    error = error * mask[part].to(device)[..., None]
+                loss = error.square().sum() / counted
+                total += loss.item()
+                iteration.more = number + 1 < len(parts)
+                if not iteration.more and is_kept(total, losses, tuning):
+                    for stack in stacks:
+                        stack.keep()
+                if index + 1 < tuning.iters:
+                    loss.backward()
+            losses.append(total)
+            report(index, total)
+    return Tuned({name: weight for stack in stacks for name, weight in stack.quantized().items()}, losses)
+
+
+@contextmanager
+def same_bytes(device: torch.device) -> Iterator[None]:
+    """On a GPU, torch's operations that give the same bytes at every run, where it has them."""
+    if device.type == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def is_kept(loss: float, losses: list[float], tuning: Tuning) -> bool:
+    """Whether the parameters of this loss, after those `losses`, are the ones to keep so far."""
+    if tuning.best_mse:
+        return not losses or loss < min(losses)
+    return len(losses) + 1 == tuning.iters
+
+
+def sample_order(samples: int, batch_size: int, batches: int, seed: int) -> Iterator[list[int]]:
+    """The samples of each step, as AutoRound draws them: shuffled, an incomplete last batch left out."""
+    generator = random.Random(seed)
+    size = min(samples, batch_size * batches)
+    order = list(range(samples))
+    while True:
+        generator.shuffle(order)
+        for start in range(0, samples - size + 1, size):
+            yield order[start : start + size]
+
+
+def take_apart(
+    block: nn.Module, linears: list[str], scheme: Scheme, schedule: Schedule, iteration: Iteration
+) -> list[Stack]:
+    """Puts tuned modules in the places of `linears`, all experts of a block together; their stacks."""
+    stacks = []
+    waiting = set(linears)
+    for name, module in list(block.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            block.set_submodule(name, Norm(module, kernels_for(module.weight.device)))
+        if isinstance(module, Experts):
+            inside = [linear for linear in linears if linear.startswith(f"{name}.")]
+            if inside:
+                tuned = _tuned_experts(name, module, inside, scheme, schedule, iteration)
+                block.set_submodule(name, tuned)
+                stacks += [tuned.gate_up, tuned.down]
+                waiting -= set(inside)
+    for names in together(sorted(waiting)):
+        modules = [block.get_submodule(name) for name in names]
+        stack = _stack(names, modules, scheme, schedule)
+        input_scale = None
+        if scheme.quantizes_activations:
+            input_scale = global_scale(modules[0].act_max).to(stack.weight.device)
+        shared = TunedLinears(stack, input_scale, iteration)
+        for name, module in zip(names, modules, strict=True):
+            block.set_submodule(name, TunedLinear(module, name, shared))
+        stacks.append(stack)
+    return stacks
+
+
+def together(linears: list[str]) -> list[list[str]]:
+    """Linears that have one input, together; every other alone."""
+    groups = fused_groups(linears)
+    grouped = {name for group in groups for name in group}
+    return groups + [[name] for name in linears if name not in grouped]
+
+
+def _tuned_experts(
+    name: str, experts: Experts, linears: list[str], scheme: Scheme, schedule: Schedule, iteration: Iteration
+) -> TunedExperts:
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    every = [f"{name}.{expert}.{leaf}" for expert in range(len(experts)) for leaf in leaves]
+    activation = type(experts[0].act_fn).__name__
+    if not activation.startswith("SiLU"):
+        raise RequantError(f"{name}: activation {activation}; expected SiLU, or tuning.engine: auto_round")
+    if left := sorted(set(every) - set(linears)):
+        raise RequantError(
+            f"{left[0]}: kept in BF16 while other experts' projections are quantized; expected all of a block's "
+            "routed experts alike, or tuning.engine: auto_round"
+        )
+    gate_up = [(f"{name}.{number}.{leaf}", getattr(expert, leaf)) for number, expert in enumerate(experts)
+               for leaf in leaves[:2]]  # fmt: skip
+    down = [(f"{name}.{number}.down_proj", expert.down_proj) for number, expert in enumerate(experts)]
+    stacks = [_stack(*zip(*part, strict=True), scheme, schedule) for part in (gate_up, down)]
+    scales = None
+    if scheme.quantizes_activations:
+        scales = tuple(
+            torch.cat([global_scale(getattr(expert, leaf).act_max) for expert in experts]).to(stacks[0].weight.device)
+            for leaf in leaves[1:]
+        )
+    return TunedExperts(*stacks, scales, iteration)
+
+
+def _stack(names, linears, scheme: Scheme, schedule: Schedule) -> Stack:
+    rows = {name: len(linear.weight) for name, linear in zip(names, linears, strict=True)}
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    tensor_scale = None
+    if scheme.is_nvfp4:
+        scales = [linear.weight_global_scale.expand(len(linear.weight)) for linear in linears]
+        tensor_scale = torch.cat(scales).to(weight.device)
+    return Stack(rows, weight, tensor_scale, scheme, schedule)

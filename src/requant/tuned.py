@@ -1,0 +1,38 @@
+"""What tuning engines share: their settings spelled out, and what they give back."""
+
+from dataclasses import dataclass
+
+from requant.config import Tuning
+from requant.encoding import QuantizedWeight
+from requant.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning a block gave. weights: by Linear name in the block; losses: minibatch MSE by iteration."""
+
+    weights: dict[str, QuantizedWeight]
+    losses: list[float]
+
+
+def settings(scheme: Scheme, tuning: Tuning) -> dict:
+    """Every setting of a tuning run, defaults spelled out."""
+    lr = tuning.lr or 1.0 / max(tuning.iters, 1)
+    return {
+        "iters": tuning.iters,
+        "batch_size": tuning.batch_size,
+        "gradient_accumulate_steps": tuning.gradient_accumulate_steps,
+        "lr": lr,
+        "lr_schedule": "linear to 0",
+        "minmax": tuning.minmax,
+        "minmax_lr": tuning.minmax_lr or lr,
+        "momentum": tuning.momentum,
+        "optimizer": "SignSGD",
+        "loss": "MSE of the block's output",
+        "best_mse": tuning.best_mse,
+        "inputs": tuning.inputs,
+        "weight_bits": scheme.weight_bits,
+        "group_size": scheme.group_size,
+        "activation_bits": scheme.activation_bits,
+        "scale_dtype": "float8_e4m3fn" if scheme.is_nvfp4 else "bfloat16",
+    }

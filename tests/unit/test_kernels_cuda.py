@@ -1,0 +1,91 @@
+"""The passes on a GPU give the numbers of those on the CPU, which test_signround.py holds to the definitions."""
+
+import pytest
+import torch
+from test_signround import random_stack
+
+from requant.fused import Routing
+from requant.stacks import Stack
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(stack: Stack) -> Stack:
+    """A copy of a stack of the CPU."""
+    scale = None if stack.tensor_scale is None else stack.tensor_scale.cuda()
+    copy = Stack(stack.rows, stack.weight.cuda(), scale, stack.scheme, stack.schedule)
+    copy.offsets.copy_(stack.offsets)
+    for mine, theirs in zip(copy.shrinks, stack.shrinks, strict=True):
+        mine.copy_(theirs)
+    return copy
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W8A16"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_values_and_codes_are_the_cpus_bit_for_bit(scheme, tuned):
+    cpu = random_stack(scheme, tuned)
+    gpu = on_gpu(cpu)
+    assert torch.equal(gpu.values().cpu(), cpu.values())
+    for stack in (cpu, gpu):
+        stack.keep()
+    assert torch.equal(gpu.codes.cpu(), cpu.codes) and torch.equal(gpu.scales.cpu(), cpu.scales)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W8A16"])
+def test_a_step_is_the_cpus(scheme):
+    cpu = random_stack(scheme, tuned=True)
+    gpu = on_gpu(cpu)
+    gradient = torch.randn(cpu.weight.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    cpu.step(gradient, 20, more=False)
+    gpu.step(gradient.cuda(), 20, more=False)
+    assert torch.equal(gpu.offsets.cpu(), cpu.offsets)
+    for mine, theirs in zip(gpu.shrinks, cpu.shrinks, strict=True):
+        assert (mine.cpu() != theirs).float().mean() < 0.01, "sums in another order may differ in sign near zero"
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_rows_of_experts_are_the_cpus(rounds):
+    from requant import kernels_cpu, kernels_cuda
+
+    draw = torch.Generator().manual_seed(4)
+    width, tokens, experts = 256, 96, 8
+    hidden = torch.randn(tokens, width, generator=draw).to(torch.bfloat16)
+    gates, chosen = torch.rand(tokens, 2, generator=draw), torch.rand(tokens, experts, generator=draw).topk(2).indices
+    routing = Routing.of(chosen, experts)
+    scale = torch.rand(len(routing.token), generator=draw) * 100 + 500 if rounds else None
+    wide = torch.randn(len(routing.token), 2 * width, generator=draw).to(torch.bfloat16)
+    rows, of_tokens = wide[:, :width].contiguous(), torch.randn(tokens, width, generator=draw).to(torch.bfloat16)
+    weight = torch.rand(width, generator=draw).to(torch.bfloat16)
+    roots = kernels_cpu.normalize(hidden, weight, 1e-6)[1]
+    calls = [
+        ("spread", hidden, routing.token, scale),
+        ("spread_backward", rows, hidden, routing.rows, scale),
+        ("gate", wide, routing.token, scale),
+        ("gate_backward", rows, wide, routing.token, scale),
+        ("combine", rows, routing.rows, gates),
+        ("combine_backward", of_tokens, rows, routing.rows, gates),
+        ("normalize", hidden, weight, 1e-6),
+        ("normalize_backward", of_tokens, hidden, weight, roots),
+    ]
+    if rounds:
+        calls += [("round_inputs", rows, scale), ("round_inputs_backward", rows, wide[:, width:].contiguous(), scale)]
+    for name, *arguments in calls:
+        there = [argument.cuda() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        found, wanted = getattr(kernels_cuda, name)(*there), getattr(kernels_cpu, name)(*arguments)
+        for mine, theirs in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, wanted)), strict=True):
+            mine, theirs = mine.cpu().float(), theirs.float()
+            assert (mine - theirs).norm() <= 2e-3 * theirs.norm(), name
+            assert (mine != theirs).float().mean() < 0.02 or mine.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16"])
+def test_a_block_is_tuned_as_on_the_cpu_and_twice_the_same(scheme):
+    from test_fused import case, tuned
+
+    on_cpu = tuned(case("deepseek_v3"), scheme)
+    first, second = (tuned(case("deepseek_v3"), scheme, device="cuda") for _ in range(2))
+    assert first.losses == second.losses
+    for name, weight in first.weights.items():
+        assert torch.equal(weight.weight, second.weights[name].weight), name
+    assert first.losses[0] == pytest.approx(on_cpu.losses[0], rel=0.01)
+    assert sum(first.losses) == pytest.approx(sum(on_cpu.losses), rel=0.03)
