@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 DEMO = ROOT / "demo" / "model"
 CHAIN = ROOT / "results" / "reference" / "demo-moe" / "demo"
@@ -39,20 +39,20 @@ def demo_case(block: int):
     return StreamedModel(Checkpoint(DEMO)), hidden, targets
 
 
-def random_case(family: str, experts: int, tokens: int, width: int, samples: int = 32):
-    """(model, hidden states, targets) of a random block of `family`; block 1 of two."""
+def random_case(experts: int, tokens: int, width: int, samples: int = 32):
+    """(model, hidden states, targets) of a random DeepSeek-V3 block; each token goes to 4 experts of half its width."""
     import tempfile
 
+    import tiny
     import torch
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tiny import random_checkpoint
 
     from requant.checkpoint import Checkpoint
     from requant.streamed import StreamedModel
 
     folder = tempfile.mkdtemp()
-    random_checkpoint(folder, family, experts, width)
+    shape = {"n_routed_experts": experts, "num_experts_per_tok": 4, "hidden_size": width, "num_hidden_layers": 2}
+    shape |= {"moe_intermediate_size": max(128, width // 2), "intermediate_size": 2 * width}
+    tiny.write_checkpoint(Path(folder), "deepseek_v3", shard_size="10GB", **shape)
     model = StreamedModel(Checkpoint(folder))
     generator = torch.Generator().manual_seed(SEED)
     hidden = torch.randn(samples, tokens, width, generator=generator).to(torch.bfloat16)
@@ -82,7 +82,9 @@ def run(case: dict) -> dict:
     prepared = prepare(model, index, scheme, [], hidden, None)
     prefix = f"model.layers.{index}."
     linears = [name.removeprefix(prefix) for name in prepared.linears]
+    # both keep the parameters of the lowest minibatch, as AutoRound does
     tuning = Tuning(
+        judge="minibatch",
         engine="auto_round" if case["engine"].startswith("auto_round") else "fused",
         iters=case["iters"],
         threads=case["threads"],
@@ -134,13 +136,8 @@ def full_loss(model, index: int, prepared, tuned, scheme, hidden, targets) -> fl
 def measured(case: dict) -> dict:
     """`run` in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(case["threads"])}
-    done = subprocess.run(
-        [sys.executable, __file__, "run", json.dumps(case)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, __file__, "run", json.dumps(case)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{case}: failed\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -150,7 +147,8 @@ def machine() -> dict:
     """Where it was measured."""
     from importlib.metadata import version
 
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     versions = {name: version(name) for name in ("torch", "auto-round", "numba", "transformers")}
     return {"cpu": model or platform.machine(), "cores": os.cpu_count(), **versions}
 
@@ -172,22 +170,138 @@ def same(out: Path, iters: int) -> None:
             write(out / "tuner_same.json", results)
 
 
-def write(path: Path, results: list[dict]) -> None:
+ENGINES = ("auto_round", "auto_round compiled", "fused")
+
+
+def speed(out: Path, iters: int) -> None:
+    """Seconds an iteration and peak memory of AutoRound, with and without its compilation, and of `fused`."""
+    results = []
+    cases = [({"block": block}, scheme) for block in (2, 0) for scheme in ("NVFP4", "W3A16")]
+    cases += [({"random": {"experts": 64, "tokens": 128, "width": 128}}, scheme) for scheme in ("NVFP4", "W3A16")]
+    for what, scheme in cases:
+        found = {}
+        for engine in ENGINES:
+            for threads in (1, 2):
+                case = what | {"engine": engine, "scheme": scheme, "iters": iters, "threads": threads}
+                results.append(measured(case) | {"full_loss": None, "losses": None})
+                found[engine, threads] = results[-1]
+        theirs = min((found[key] for key in found if key[0] != "fused"), key=seconds)
+        ours = min((found[key] for key in found if key[0] == "fused"), key=seconds)
+        print(
+            f"{what} {scheme}: {theirs['engine']} {seconds(theirs) * 1e3:.0f} ms on {theirs['threads']} threads, "
+            f"fused {seconds(ours) * 1e3:.1f} ms on {ours['threads']}: {seconds(theirs) / seconds(ours):.1f} times; "
+            f"peak {theirs['peak_bytes'] / 1e6:.0f} and {ours['peak_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
+        write(out / "tuner_speed.json", results)
+
+
+def seconds(found: dict) -> float:
+    return found["seconds_per_iteration"]
+
+
+def growth(out: Path, iters: int) -> None:
+    """Time and memory of random blocks by experts, tokens and width, beside what operations and bytes alone take."""
+    rates = machine_rates()
+    sizes = [(experts, 128, 128) for experts in (8, 16, 32, 64, 128)]
+    sizes += [(16, tokens, 128) for tokens in (32, 64, 256)] + [(16, 128, width) for width in (256, 512)]
+    results = []
+    for experts, tokens, width in sizes:
+        beside = tokens == width == 128 and experts <= 64
+        for engine in ("fused", "auto_round") if beside else ("fused",):
+            case = {"random": {"experts": experts, "tokens": tokens, "width": width}, "engine": engine}
+            found = measured(case | {"scheme": "NVFP4", "iters": iters, "threads": 1})
+            found |= {"bound_seconds": bound(experts, tokens, width, rates), "losses": None, "full_loss": None}
+            results.append(found)
+            print(
+                f"{engine}: {experts} experts, 8 x {tokens} tokens, width {width}: {seconds(found) * 1e3:.1f} ms, "
+                f"bound {found['bound_seconds'] * 1e3:.2f} ms, "
+                f"peak over start {found['peak_over_start_bytes'] / 1e6:.0f} MB",
+                flush=True,
+            )
+    write(out / "tuner_growth.json", results, rates)
+    draw(results, out / "tuner_growth.png")
+
+
+def machine_rates() -> dict:
+    """This machine's own rates on one thread: BF16 matrix products, and reading and writing memory."""
+    import torch
+
+    torch.set_num_threads(1)
+    a = torch.randn(1024, 1024).to(torch.bfloat16)
+    big = torch.zeros(64 * 2**20)
+    other = torch.empty_like(big)
+    return {
+        "matrix_flops": 2 * 1024**3 / best_of(lambda: a @ a),
+        "memory_bytes_per_second": 2 * big.nbytes / best_of(lambda: other.copy_(big)),
+    }
+
+
+def best_of(work, repeats: int = 10) -> float:
+    """Seconds of the fastest of some calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def bound(experts: int, tokens: int, width: int, rates: dict) -> float:
+    """Seconds that one iteration takes at least: its matrix products, or the bytes that have to pass through memory.
+
+    A weight is read (2 bytes), as are its offset (2) and gradient (2), which was written (2); offset and value are
+    written (4). Activations of the experts pass once each way through each of their six tensors.
+    """
+    inner = max(128, width // 2)
+    weights = (experts + 1) * 3 * width * inner
+    rows = 8 * tokens * 4
+    flops = 6 * (rows + 8 * tokens) * 3 * width * inner
+    memory = 12 * weights + 2 * 2 * rows * (3 * width + 3 * inner)
+    return max(flops / rates["matrix_flops"], memory / rates["memory_bytes_per_second"])
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Milliseconds an iteration by number of experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    same_size = [found for found in results if found["random"]["tokens"] == found["random"]["width"] == 128]
+    for engine in ("auto_round", "fused"):
+        points = [
+            (found["random"]["experts"], seconds(found) * 1e3) for found in same_size if found["engine"] == engine
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", label=engine)
+    points = [(found["random"]["experts"], found["bound_seconds"] * 1e3) for found in same_size]
+    axes.plot(*zip(*sorted(set(points)), strict=True), linestyle="--", color="gray", label="operations and bytes alone")
+    axes.set(xscale="log", yscale="log", xlabel="routed experts", ylabel="milliseconds an iteration")
+    axes.set_title("NVFP4, width 128, 8 x 128 tokens, one thread")
+    axes.set_xticks([8, 16, 32, 64, 128], labels=["8", "16", "32", "64", "128"])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write(path: Path, results: list[dict], rates: dict | None = None) -> None:
+    """Results with the machine that they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n", encoding="utf-8")
+    content = {"machine": machine() | (rates or {}), "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "same", "growth", "run"))
-    parser.add_argument("case", nargs="?")
+    parser.add_argument("case", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--iters", type=int, default=200)
     options = parser.parse_args()
     if options.what == "run":
         print(json.dumps(run(json.loads(options.case))))
-    elif options.what == "same":
-        same(options.out, options.iters)
+    else:
+        {"speed": speed, "same": same, "growth": growth}[options.what](options.out, options.iters)
 
 
 if __name__ == "__main__":

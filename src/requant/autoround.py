@@ -18,7 +18,7 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight
 from requant.errors import RequantError
 from requant.schemes import Scheme
-from requant.tuned import Tuned, settings
+from requant.tuned import Tuned, lowest, settings
 
 
 class OneBlockModel(nn.Module):
@@ -122,7 +122,8 @@ def tune(
             "its log records are not those of 0.16.1"
         )
     factor = 1.0 if mask is None else mask.numel() / float(mask.sum())
-    return Tuned(_collect(block, linears, scheme), [loss * factor for loss in losses.values])
+    found = [loss * factor for loss in losses.values]
+    return Tuned(_collect(block, linears, scheme), found, lowest(found, tuning))
 
 
 def seed_everything(seed: int) -> None:

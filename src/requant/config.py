@@ -102,12 +102,24 @@ class Tuning(Section):
         "quantized", description="quantized: a block sees what the quantized blocks before it give"
     )
     best_mse: bool = Field(True, description="keep the parameters of the lowest loss, not the last ones")
+    judge: Literal["samples", "minibatch"] | None = Field(
+        None,
+        description="what best_mse goes by. minibatch, as AutoRound: the lowest loss of any one minibatch. samples "
+        "(the default of fused): of those parameters and the last ones, whichever have the lower loss over all samples",
+    )
     seed: Seed = Field(42, description="with release and block it gives each block's seed")
     threads: PositiveInt = Field(1, description="CPU threads of a tuning job; a part of what the bytes depend on")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$", description="cpu, cuda or xpu")
 
+    @property
+    def judges_by_samples(self) -> bool:
+        """Whether the parameters to keep are chosen over all samples."""
+        return self.best_mse and (self.judge or ("samples" if self.engine == "fused" else "minibatch")) == "samples"
+
     @model_validator(mode="after")
     def _engine_can(self):
+        if self.engine == "auto_round" and self.judge == "samples":
+            raise ValueError("judge: 'samples': engine auto_round goes by minibatches; expected minibatch, or fused")
         if self.engine == "fused":
             for key, unable in (("momentum", self.momentum > 0), ("device", self.device.startswith("xpu"))):
                 if unable:

@@ -22,9 +22,9 @@ from requant.config import Tuning
 from requant.errors import RequantError
 from requant.nvfp4 import global_scale
 from requant.schemes import Scheme
-from requant.stacks import Schedule, Stack, kernels_for
+from requant.stacks import LARGEST_PART, Schedule, Stack, kernels_for
 from requant.threads import in_parts, side_by_side
-from requant.tuned import Tuned, settings
+from requant.tuned import Tuned, lowest, settings
 
 # Rows of an expert in a batched product are filled up to a multiple of this: few distinct shapes, no new kernels.
 ROW_MULTIPLE = 32
@@ -32,6 +32,8 @@ ROW_MULTIPLE = 32
 MOST_PADDING = 2.0
 # Tokens of the longest samples whose attention scores are held whole.
 LONGEST_SHORT = 512
+# Elements that a block's dense part leaves for its backward pass, a token, for each input and output of its Linears.
+DENSE_ACTIVATIONS = 1.9
 
 
 @dataclass
@@ -213,7 +215,6 @@ class Routing:
     def of(cls, chosen: torch.Tensor, experts: int) -> "Routing":
         """chosen: [tokens, k], the experts of each token."""
         flat, device = chosen.reshape(-1), chosen.device
-        order = torch.argsort(flat, stable=True)
         found = torch.bincount(flat, minlength=experts)
         counts = found.tolist()
         size = filled_up(max(counts))
@@ -221,15 +222,21 @@ class Routing:
             size = 0
         lengths = [size or filled_up(count) for count in counts]
         starts = [0, *accumulate(lengths)]
+        expert = torch.arange(experts, device=device).repeat_interleave(
+            torch.tensor(lengths, device=device), output_size=starts[-1]
+        )
+        if not chosen.is_cuda:
+            from requant.kernels_cpu import place
+
+            token, rows = place(chosen, starts)
+            return cls(starts, size, token, expert, rows)
+        order = torch.argsort(flat, stable=True)
         shift = torch.tensor(starts[:-1], device=device) - (found.cumsum(0) - found)
         sorted_rows = torch.arange(len(flat), device=device) + shift[flat[order]]
         rows = torch.empty_like(order)
         rows[order] = sorted_rows
         token = torch.full((starts[-1],), -1, device=device)
         token[sorted_rows] = order // chosen.shape[-1]
-        expert = torch.arange(experts, device=device).repeat_interleave(
-            torch.tensor(lengths, device=device), output_size=starts[-1]
-        )
         return cls(starts, size, token, expert, rows.view_as(chosen))
 
     @property
@@ -271,7 +278,9 @@ class _Experts(torch.autograd.Function):
         hidden, gates, rows, gate_up, inner, outputs = ctx.saved_tensors
         experts, routing, scales = ctx.experts, ctx.routing, ctx.scales
         down, kernels, iteration = experts.down, experts.down.kernels, experts.iteration
-        gradient, of_gates = kernels.combine_backward(gradient.contiguous(), outputs, routing.rows, gates)
+        gradient, of_gates = kernels.combine_backward(
+            gradient.contiguous(), outputs, routing.token, routing.rows, gates
+        )
         of_inner = product_backward(gradient, down, routing)
         step(down, gradient, inner, iteration, routing)
         gradient = kernels.gate_backward(of_inner, gate_up, routing.token, scales[1])
@@ -373,7 +382,8 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor, experts: slice, rou
     rows = routing.rows_of(experts)
     if x.is_cuda:
         return nn.functional.grouped_mm(gradient[rows].t(), x[rows], offs=routing.ends_of(experts))
-    out = x.new_zeros(experts.stop - experts.start, gradient.shape[1], x.shape[1])
+    shape = (experts.stop - experts.start, gradient.shape[1], x.shape[1])
+    out = x.new_empty(shape) if routing.size else x.new_zeros(shape)
     if routing.size:
         left, right = (tensor[rows].unflatten(0, (-1, routing.size)) for tensor in (gradient, x))
         left = left.transpose(1, 2)
@@ -416,20 +426,28 @@ def tune(
     stacks = take_apart(block, linears, scheme, schedule, iteration)
     batches = sample_order(len(hidden), tuning.batch_size, tuning.gradient_accumulate_steps, seed)
     losses: list[float] = []
+
+    def squared_error(part: list[int]) -> torch.Tensor:
+        iteration.used.clear()
+        output = block(rows_on(device, hidden, part), position_embeddings=positions)
+        error = output.float() - rows_on(device, targets, part).float()
+        if mask is not None:
+            error = error * mask[part].to(device)[..., None]
+        return error.square().sum()
+
+    def in_batches(samples: list[int]) -> list[list[int]]:
+        return [samples[start : start + tuning.batch_size] for start in range(0, len(samples), tuning.batch_size)]
+
     attention = attention_chosen(block, device, hidden.shape[1])
     with side_by_side(tuning.threads), attention, same_bytes(device):
         for index in range(tuning.iters):
             samples = next(batches)
             counted = hidden[samples].numel() if mask is None else int(mask[samples].sum()) * hidden.shape[-1]
             iteration.index, total = index, 0.0
-            parts = [samples[start : start + tuning.batch_size] for start in range(0, len(samples), tuning.batch_size)]
+            parts = in_batches(samples)
             for number, part in enumerate(parts):
-                iteration.used.clear()
-                output = block(hidden[part].to(device), position_embeddings=positions)
-                error = output.float() - targets[part].to(device).float()
-                if mask is not None:
-                    error = error * mask[part].to(device)[..., None]
-                loss = error.square().sum() / counted
+                with torch.set_grad_enabled(index + 1 < tuning.iters):
+                    loss = squared_error(part) / counted
                 total += loss.item()
                 iteration.more = number + 1 < len(parts)
                 if not iteration.more and is_kept(total, losses, tuning):
@@ -439,7 +457,31 @@ def tune(
                     loss.backward()
             losses.append(total)
             report(index, total)
-    return Tuned({name: weight for stack in stacks for name, weight in stack.quantized().items()}, losses)
+        kept, last = lowest(losses, tuning), len(losses) - 1
+        if tuning.judges_by_samples and kept != last:
+            everything = in_batches(list(range(len(hidden))))
+            with torch.no_grad():
+                error_of_last = sum(squared_error(part).item() for part in everything)
+                for stack in stacks:
+                    stack.show_kept(True)
+                error_of_kept = sum(squared_error(part).item() for part in everything)
+            for stack in stacks:
+                stack.show_kept(False)
+            if error_of_last < error_of_kept:
+                kept = last
+                for stack in stacks:
+                    stack.keep()
+    return Tuned({name: weight for stack in stacks for name, weight in stack.quantized().items()}, losses, kept)
+
+
+def rows_on(device: torch.device, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """tensor[rows] of a tensor in the memory of the CPU, on `device`: a GPU takes each row from where it lies."""
+    if device.type == "cpu":
+        return tensor[rows]
+    out = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=device)
+    for place, row in zip(out, rows, strict=True):
+        place.copy_(tensor[row])
+    return out
 
 
 @contextmanager
@@ -457,6 +499,32 @@ def same_bytes(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def peak_bytes(block: nn.Module, tokens: int, choices: int, scheme: Scheme, iters: int) -> int:
+    """Memory of a GPU at its peak while `block` (it may be on the meta device) is tuned, in bytes.
+
+    tokens: of a step's batch; choices: experts a token goes to. Every weight has its BF16 value, its offset and its
+    best code; every group its shrinks and its best scale; one part of the largest stack its values and their gradient.
+    The backward pass of the experts comes on top of what the forward pass of everything else left.
+    """
+    schedule = Schedule(iters, 1.0, 1.0, True)
+    whole = torch.empty(0, dtype=schedule.dtype).element_size()
+    a_weight = 2 + whole + 1 + ((1 if scheme.is_nvfp4 else 2) * whole + 2) / scheme.group_size
+    experts = next((module for module in block.modules() if isinstance(module, Experts)), None)
+    routed = set() if experts is None else {linear for linear in experts.modules() if isinstance(linear, nn.Linear)}
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
+    dense = [linear for linear in linears if linear not in routed]
+    elements = DENSE_ACTIVATIONS * tokens * sum(linear.in_features + linear.out_features for linear in dense)
+    stacks = [linear.weight.numel() for linear in dense]
+    if experts is not None:
+        inner, width = experts[0].gate_proj.weight.shape
+        rows = tokens * choices + len(experts) * ROW_MULTIPLE
+        elements += tokens * width + rows * (3 * width + 6 * inner)
+        stacks += [2 * inner * width * len(experts)]
+    part = min(max(stacks), LARGEST_PART // 2)
+    return int(weights * a_weight + 2 * (elements + 2 * part))
 
 
 def is_kept(loss: float, losses: list[float], tuning: Tuning) -> bool:

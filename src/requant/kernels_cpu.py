@@ -238,6 +238,19 @@ def _round_inputs_backward(gradient, x, tensor_scale, out, first, last):
 
 
 @kernel
+def _place(chosen, starts, token, rows):
+    free = starts.copy()
+    token[:] = -1
+    for number in range(chosen.shape[0]):
+        for choice in range(chosen.shape[1]):
+            expert = chosen[number, choice]
+            row = free[expert]
+            free[expert] += 1
+            token[row] = number
+            rows[number, choice] = row
+
+
+@kernel
 def _spread(token, hidden, rounds, tensor_scale, out, first, last):
     groups = hidden.shape[1]
     peaks, inverses, steps = _scratch(groups), _scratch(groups), _scratch(groups)
@@ -371,38 +384,44 @@ def _gated_row_backward(slopes, gate, up, of_gate, of_up):
 
 @kernel
 def _normalize(x, weight, epsilon, out, roots, first, last):
-    groups = x.shape[1]
-    lanes = np.empty(LANES, F32)
+    groups = x.shape[1] // LANES
+    values, factors = np.empty((groups, LANES), F32), np.empty(x.shape[1], F32)
+    flat, lanes = values.reshape(groups * LANES), np.empty(LANES, F32)
+    for column in range(len(factors)):
+        factors[column] = _float(weight[column])
     for row in range(first, last):
+        for column in range(len(flat)):
+            flat[column] = _float(x[row, column])
         lanes[:] = F32(0)
         for group in range(groups):
             for lane in range(LANES):
-                value = _float(x[row, group, lane])
-                lanes[lane] += value * value
+                lanes[lane] += values[group, lane] * values[group, lane]
         root = F32(1) / np.sqrt(_sum(lanes) / F32(groups * LANES) + epsilon)
         roots[row] = root
-        for group in range(groups):
-            for lane in range(LANES):
-                normal = _through_bf16(_float(x[row, group, lane]) * root)
-                out[row, group, lane] = _bf16(_float(weight[group, lane]) * normal)
+        for column in range(len(flat)):
+            out[row, column] = _bf16(factors[column] * _through_bf16(flat[column] * root))
 
 
 @kernel
 def _normalize_backward(gradient, x, weight, roots, out, first, last):
-    groups = x.shape[1]
-    lanes = np.empty(LANES, F32)
+    groups = x.shape[1] // LANES
+    normal, factors = np.empty((groups, LANES), F32), np.empty(x.shape[1], F32)
+    slopes = np.empty((groups, LANES), F32)
+    flat, flat_slopes, lanes = normal.reshape(groups * LANES), slopes.reshape(groups * LANES), np.empty(LANES, F32)
+    for column in range(len(factors)):
+        factors[column] = _float(weight[column])
     for row in range(first, last):
-        lanes[:] = F32(0)
         root = roots[row]
+        for column in range(len(flat)):
+            flat[column] = _float(x[row, column]) * root
+            flat_slopes[column] = _through_bf16(_float(gradient[row, column]) * factors[column])
+        lanes[:] = F32(0)
         for group in range(groups):
             for lane in range(LANES):
-                slope = _through_bf16(_float(gradient[row, group, lane]) * _float(weight[group, lane]))
-                lanes[lane] += slope * (_float(x[row, group, lane]) * root)
+                lanes[lane] += slopes[group, lane] * normal[group, lane]
         mean = _sum(lanes) / F32(groups * LANES)
-        for group in range(groups):
-            for lane in range(LANES):
-                slope = _through_bf16(_float(gradient[row, group, lane]) * _float(weight[group, lane]))
-                out[row, group, lane] = _bf16(root * (slope - _float(x[row, group, lane]) * root * mean))
+        for column in range(len(flat)):
+            out[row, column] = _bf16(root * (flat_slopes[column] - flat[column] * mean))
 
 
 @inner
@@ -633,6 +652,13 @@ def round_inputs_backward(gradient: torch.Tensor, x: torch.Tensor, tensor_scale:
     return out
 
 
+def place(chosen: torch.Tensor, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """chosen [tokens, k] -> (token [rows], -1 for none; rows [tokens, k]), each expert's from starts[expert] on."""
+    token, rows = torch.empty(starts[-1], dtype=torch.long), torch.empty(chosen.shape, dtype=torch.long)
+    _place(chosen.contiguous().numpy(), np.array(starts), token.numpy(), rows.numpy())
+    return token, rows
+
+
 def spread(hidden: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor | None) -> torch.Tensor:
     """hidden [tokens, width], token [rows] -> [rows, width]: the token of each row, 0 for token -1.
 
@@ -675,7 +701,7 @@ def gate_backward(
 def normalize(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, width], weight [width] -> (x over its root mean square times weight, 1 / that root [rows])."""
     out, roots = torch.empty_like(x), torch.empty(len(x))
-    _over_rows(_normalize, _grouped(x), _grouped(weight), F32(epsilon), _grouped(out), _array(roots))
+    _over_rows(_normalize, _array(x), _array(weight), F32(epsilon), _array(out), _array(roots))
     return out, roots
 
 
@@ -685,7 +711,7 @@ def normalize_backward(
     """The gradient of x, from that of `normalize`."""
     out = torch.empty_like(x)
     _over_rows(
-        _normalize_backward, _grouped(gradient), _grouped(x), _grouped(weight), _array(roots), _grouped(out)
+        _normalize_backward, _array(gradient), _array(x), _array(weight), _array(roots), _array(out)
     )  # fmt: skip
     return out
 
@@ -713,10 +739,11 @@ def combine(outputs: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> t
 
 
 def combine_backward(
-    gradient: torch.Tensor, outputs: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor
+    gradient: torch.Tensor, outputs: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of outputs and gates, from that of `combine`."""
-    of_outputs, of_gates = torch.zeros_like(outputs), torch.empty_like(gates)
+    """The gradients of outputs and gates, from that of `combine`; token: [rows], -1 for rows without one."""
+    of_outputs, of_gates = torch.empty_like(outputs), torch.empty_like(gates)
+    of_outputs[token < 0] = 0
     arrays = _grouped(gradient), _grouped(outputs), _array(gates)
     _over_rows(_combine_backward, _array(rows), *arrays, _grouped(of_outputs), _array(of_gates))
     return of_outputs, of_gates

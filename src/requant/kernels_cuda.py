@@ -480,7 +480,7 @@ def combine(outputs: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> t
 
 
 def combine_backward(
-    gradient: torch.Tensor, outputs: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor
+    gradient: torch.Tensor, outputs: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See kernels_cpu."""
     of_outputs, of_gates = torch.zeros_like(outputs), torch.empty_like(gates)

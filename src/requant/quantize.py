@@ -168,11 +168,11 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         else:
             tuned = autoround.tune(block, model.config, str(job.source), named, *what)
         weights = {prefix + name: weight for name, weight in tuned.weights.items()}
-        losses = tuned.losses
+        losses, best = tuned.losses, tuned.kept
     else:
         scales = prepared.tensor_scales
         weights = {name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme) for name in linears}
-        losses = []
+        losses, best = [], 0
 
     tensors = packed_tensors(source, weights, peaks, scheme)
     save(out_block, tensors)
@@ -181,7 +181,6 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     if not losses:
         losses = [mean_squared_error(output, targets, mask)]
     save(out_hidden, {"calibration": output})
-    best = min(range(len(losses)), key=losses.__getitem__) if job.tuning.best_mse else len(losses) - 1
     record = BlockRecord(
         release=job.release,
         block=job.block,

@@ -84,6 +84,7 @@ class Stack:
         # A CPU holds the values from step to step; a GPU, where memory is short, makes them again at every use.
         self.held = torch.empty_like(weight) if device.type == "cpu" else None
         self._sum: torch.Tensor | None = None
+        self._kept_shown = False
         if self.held is not None:
             self.kernels.weights(self, 0, len(weight), self.held, False)
 
@@ -96,6 +97,8 @@ class Stack:
         """BF16 [last - first, width]: what rows first..last are rounded to, as they are tuned now."""
         if self.held is not None:
             return self.held[first:last]
+        if self._kept_shown:
+            return self.kept_values(first, len(self.weight) if last is None else last)
         out = torch.empty_like(self.weight[first:last])
         self.kernels.weights(self, first, first + len(out), out, False)
         return out
@@ -126,23 +129,40 @@ class Stack:
             if self._sum is not None:
                 gradient.zero_()
 
+    def show_kept(self, shown: bool) -> None:
+        """Lets `values` be those of the kept codes, or again those that are tuned now."""
+        self._kept_shown = shown
+        if self.held is not None:
+            if shown:
+                self.held.copy_(self.kept_values(0, len(self.weight)))
+            else:
+                self.kernels.weights(self, 0, len(self.weight), self.held, False)
+
+    def kept_values(self, first: int, last: int) -> torch.Tensor:
+        """BF16: what the kept codes of rows first..last stand for."""
+        out = torch.empty_like(self.weight[first:last])
+        size = max(1, LARGEST_PART // 32 // out.shape[1])
+        for start in range(first, last, size):
+            rows = slice(start, min(start + size, last))
+            scales = self.scales[rows].float()
+            if self.scheme.is_nvfp4:
+                scales = inverse(inverse(scales * inverse(self.tensor_scale[rows, None]))) / 2
+            grouped = self.codes[rows].unflatten(-1, (-1, self.scheme.group_size))
+            out[start - first : rows.stop - first] = (grouped * scales[..., None]).flatten(-2)
+        return out
+
     def quantized(self) -> dict[str, QuantizedWeight]:
         """What was kept, by Linear."""
-        found = {}
-        end = 0
+        found, first = {}, 0
         for name, rows in self.rows.items():
-            part = slice(end, end + rows)
-            end += rows
-            codes, scales = self.codes[part].cpu().float(), self.scales[part].cpu()
+            last = first + rows
+            weight, scales = self.kept_values(first, last).cpu(), self.scales[first:last].cpu()
             if self.scheme.is_nvfp4:
-                tensor_scale = self.tensor_scale[part][:1].cpu()
-                steps = inverse(inverse(scales.float() * inverse(tensor_scale)))
-                values = (codes / 2).unflatten(-1, (-1, self.scheme.group_size)) * steps[..., None]
-                weight = values.flatten(-2).to(torch.bfloat16)
+                tensor_scale = self.tensor_scale[first : first + 1].cpu()
                 found[name] = QuantizedWeight(weight, scales.to(torch.float8_e4m3fn), tensor_scale)
             else:
-                values = codes.unflatten(-1, (-1, self.scheme.group_size)) * scales.float()[..., None]
-                found[name] = QuantizedWeight(values.flatten(-2).to(torch.bfloat16), scales)
+                found[name] = QuantizedWeight(weight, scales)
+            first = last
         return found
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 # Handing a part to another thread costs tens of microseconds; what touches fewer bytes is faster without.
-SMALLEST_WORK = 524288
+SMALLEST_WORK = 512 * 1024
 
 _pools: list[tuple[ThreadPoolExecutor, int]] = []
 

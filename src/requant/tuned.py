@@ -9,10 +9,20 @@ from requant.schemes import Scheme
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning a block gave. weights: by Linear name in the block; losses: minibatch MSE by iteration."""
+    """What tuning a block gave.
+
+    weights: by Linear name in the block. losses: minibatch MSE by iteration. kept: the iteration whose parameters
+    `weights` are.
+    """
 
     weights: dict[str, QuantizedWeight]
     losses: list[float]
+    kept: int
+
+
+def lowest(losses: list[float], tuning: Tuning) -> int:
+    """The iteration to keep by minibatches: the first of the lowest loss, or the last."""
+    return min(range(len(losses)), key=losses.__getitem__) if tuning.best_mse else len(losses) - 1
 
 
 def settings(scheme: Scheme, tuning: Tuning) -> dict:
@@ -30,6 +40,7 @@ def settings(scheme: Scheme, tuning: Tuning) -> dict:
         "optimizer": "SignSGD",
         "loss": "MSE of the block's output",
         "best_mse": tuning.best_mse,
+        "judge": "samples" if tuning.judges_by_samples else "minibatch",
         "inputs": tuning.inputs,
         "weight_bits": scheme.weight_bits,
         "group_size": scheme.group_size,

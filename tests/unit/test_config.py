@@ -74,6 +74,13 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ),
         ("releases/mine-nvfp4/tuning/iters", 1.5, "config: releases.mine-nvfp4.tuning.iters: 1.5; expected: a valid"),
         ("releases/mine-nvfp4/tuning/lr", 0, "config: releases.mine-nvfp4.tuning.lr: 0; expected: greater than 0"),
+        ("releases/mine-nvfp4/tuning/momentum", 0.9, "config: releases.mine-nvfp4.tuning: momentum: 0.9: engine fused"),
+        ("releases/mine-nvfp4/tuning/device", "xpu", "config: releases.mine-nvfp4.tuning: device: 'xpu': engine fused"),
+        (
+            "releases/mine-nvfp4/tuning",
+            {"engine": "auto_round", "judge": "samples"},
+            "config: releases.mine-nvfp4.tuning: judge: 'samples': engine auto_round",
+        ),
         ("releases/mine-nvfp4/tuning/engine", "gptq", "config: releases.mine-nvfp4.tuning.engine: 'gptq'; expected:"),
         ("releases/mine-nvfp4/tuning/inputs", "fp", "config: releases.mine-nvfp4.tuning.inputs: 'fp'; expected:"),
         ("releases/mine-nvfp4/tuning/device", "tpu", "config: releases.mine-nvfp4.tuning.device: 'tpu'"),

@@ -63,7 +63,7 @@ def test_rows_of_experts_are_the_cpus(rounds):
         ("gate", wide, routing.token, scale),
         ("gate_backward", rows, wide, routing.token, scale),
         ("combine", rows, routing.rows, gates),
-        ("combine_backward", of_tokens, rows, routing.rows, gates),
+        ("combine_backward", of_tokens, rows, routing.token, routing.rows, gates),
         ("normalize", hidden, weight, 1e-6),
         ("normalize_backward", of_tokens, hidden, weight, roots),
     ]
