@@ -280,7 +280,7 @@ def draw(results: list[dict], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="routed experts", ylabel="milliseconds an iteration")
     axes.set_title("NVFP4, width 128, 8 x 128 tokens, one thread")
     axes.set_xticks([8, 16, 32, 64, 128], labels=["8", "16", "32", "64", "128"])
-    axes.legend()
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=120)
 
 

@@ -24,8 +24,3 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32)).unflatten(1, (-1, 32))
     words = (stream.to(torch.int64) << torch.arange(32)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 [out, in]: what codes [out, in] with their scales [out, in / group] stand for."""
-    return codes.float() * scales.float().repeat_interleave(codes.shape[-1] // scales.shape[-1], dim=-1)
