@@ -36,11 +36,12 @@ def plain_rounding(weight: torch.Tensor, tensor_scale: torch.Tensor | None, sche
     """`weight` [out, in] rounded to nearest with the scales of its largest magnitudes: iteration 0 of tuning."""
     if scheme.is_nvfp4:
         rounded = signround.round_nvfp4(weight.float(), 0.0, 1.0, tensor_scale.expand(len(weight)))
-        scales = rounded.scales.to(torch.float8_e4m3fn)
+        steps = (rounded.scales / tensor_scale).repeat_interleave(scheme.group_size, dim=-1)  # as a decoder has them
+        grid, scales = rounded.codes * steps, rounded.scales.to(torch.float8_e4m3fn)
     else:
         rounded = signround.round_integers(weight, 0.0, 1.0, 1.0, scheme.weight_bits, scheme.group_size)
-        scales = rounded.scales
-    return QuantizedWeight(rounded.values.to(torch.bfloat16), scales, tensor_scale)
+        grid, scales = rounded.values, rounded.scales
+    return QuantizedWeight(grid.to(torch.bfloat16), scales, tensor_scale)
 
 
 def encode(
