@@ -1,9 +1,9 @@
-"""Whole releases of the embedded model, tuned by `fused` and by AutoRound from several seeds: KL and scores with spread.
+"""Whole releases of the embedded model, tuned by `fused` and by AutoRound, several seeds each: KL and scores.
 
     python benchmarks/quality.py [--seeds 42 43 44] [--directory build/quality] [--out DIRECTORY]
 
-Builds up to the benchmarks of 6 releases a seed in a directory of its own: two schemes; AutoRound, `fused` and `fused`
-with AutoRound's way to choose. 12 minutes a seed on 2 cores, most of them AutoRound's. A build that was stopped goes on.
+Builds, up to the benchmarks, 6 releases a seed in a directory of its own: two schemes; AutoRound, `fused` and `fused`
+with AutoRound's way to choose. 12 minutes a seed on 2 cores, most of it AutoRound's. A build that was stopped goes on.
 """
 
 import argparse
