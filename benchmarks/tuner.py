@@ -39,8 +39,20 @@ def demo_case(block: int):
     return StreamedModel(Checkpoint(DEMO)), hidden, targets
 
 
-def random_case(experts: int, tokens: int, width: int, samples: int = 32):
+def random_case(experts: int, tokens: int, width: int):
     """(model, hidden states, targets) of a random DeepSeek-V3 block; each token goes to 4 experts of half its width."""
+    shape = {"n_routed_experts": experts, "num_experts_per_tok": 4, "hidden_size": width, "num_hidden_layers": 2}
+    shape |= {"moe_intermediate_size": max(128, width // 2), "intermediate_size": 2 * width}
+    return random_model("deepseek_v3", tokens, width, **shape)
+
+
+def family_case(family: str):
+    """(model, hidden states, targets) of a random block of the tests' tiny model of a family."""
+    return random_model(family, tokens=64, width=128)
+
+
+def random_model(family: str, tokens: int, width: int, samples: int = 32, **shape):
+    """(model, hidden states, targets) of block 1 of a random model."""
     import tempfile
 
     import tiny
@@ -50,9 +62,7 @@ def random_case(experts: int, tokens: int, width: int, samples: int = 32):
     from requant.streamed import StreamedModel
 
     folder = tempfile.mkdtemp()
-    shape = {"n_routed_experts": experts, "num_experts_per_tok": 4, "hidden_size": width, "num_hidden_layers": 2}
-    shape |= {"moe_intermediate_size": max(128, width // 2), "intermediate_size": 2 * width}
-    tiny.write_checkpoint(Path(folder), "deepseek_v3", shard_size="10GB", **shape)
+    tiny.write_checkpoint(Path(folder), family, shard_size="10GB", **shape)
     model = StreamedModel(Checkpoint(folder))
     generator = torch.Generator().manual_seed(SEED)
     hidden = torch.randn(samples, tokens, width, generator=generator).to(torch.bfloat16)
@@ -74,7 +84,7 @@ def run(case: dict) -> dict:
         model, hidden, targets = demo_case(case["block"])
         index = case["block"]
     else:
-        model, hidden, targets = random_case(**case["random"])
+        model, hidden, targets = family_case(case["family"]) if "family" in case else random_case(**case["random"])
         index = 1
     if case.get("nudge"):  # the least change of one value of each sample
         hidden.view(torch.int16)[:, 0, 0] += 1
@@ -82,9 +92,9 @@ def run(case: dict) -> dict:
     prepared = prepare(model, index, scheme, [], hidden, None)
     prefix = f"model.layers.{index}."
     linears = [name.removeprefix(prefix) for name in prepared.linears]
-    # both keep the parameters of the lowest minibatch, as AutoRound does
+    # unless it is said, both keep the parameters of the lowest minibatch, as AutoRound does
     tuning = Tuning(
-        judge="minibatch",
+        judge=case.get("judge", "minibatch"),
         engine="auto_round" if case["engine"].startswith("auto_round") else "fused",
         iters=case["iters"],
         threads=case["threads"],
@@ -153,20 +163,28 @@ def machine() -> dict:
     return {"cpu": model or platform.machine(), "cores": os.cpu_count(), **versions}
 
 
+SAME_CASES = [{"block": block} for block in range(6)]
+SAME_CASES += [{"family": family} for family in ("deepseek_v3", "qwen3_moe", "qwen3", "llama")]
+
+
 def same(out: Path, iters: int) -> None:
-    """Loss curves of both engines on every block of the demo, and AutoRound's beside itself with its input nudged."""
+    """Loss curves of both engines on every block of the demo and on random blocks, and their losses over all samples.
+
+    AutoRound also beside itself with its input nudged, and `fused` also as it chooses by default.
+    """
     results = []
     for scheme in ("NVFP4", "W3A16"):
-        for block in range(6):
-            for engine, nudge in (("auto_round", False), ("auto_round", True), ("fused", False)):
-                case = {"engine": engine, "nudge": nudge, "block": block, "scheme": scheme, "iters": iters}
-                results.append(measured(case | {"threads": 1}))
-            plain, nudged, fused = results[-3:]
-            print(
-                f"{scheme} block {block}: full loss fused/auto_round {fused['full_loss'] / plain['full_loss']:.4f}, "
-                f"nudged/auto_round {nudged['full_loss'] / plain['full_loss']:.4f}",
-                flush=True,
-            )
+        for what in SAME_CASES:
+            case = what | {"scheme": scheme, "iters": iters, "threads": 1}
+            plain = measured(case | {"engine": "auto_round"})
+            others = {
+                "nudged": measured(case | {"engine": "auto_round", "nudge": True}),
+                "fused": measured(case | {"engine": "fused"}),
+                "fused by samples": measured(case | {"engine": "fused", "judge": "samples"}),
+            }
+            results += [plain, *others.values()]
+            ratios = (f"{name} {other['full_loss'] / plain['full_loss']:.4f}" for name, other in others.items())
+            print(f"{scheme} {what}: full loss over auto_round's: {', '.join(ratios)}", flush=True)
             write(out / "tuner_same.json", results)
 
 
