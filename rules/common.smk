@@ -232,28 +232,39 @@ def checks(wildcards, names):
     return [f"results/source/{model_of(wildcards)}/files/{name}.json" for name in names]
 
 
+def source_files(wildcards, names):
+    """Files of the source, with those that say what is in them: config.json, and the index if there is one."""
+    described = {"config.json", INDEX} & set(checkpoint_plan(model_of(wildcards))[2])
+    return [f"{source_path_of(wildcards)}/{name}" for name in sorted({*names, *described})]
+
+
+def checked_shards(wildcards, block):
+    """The shards that hold tensors of a block, or of none of the blocks (None), and the records of their check."""
+    files = source_files(wildcards, shards_by_block(model_of(wildcards)).get(block, set()))
+    return files + checks(wildcards, [Path(file).name for file in files])
+
+
 def block_shards(wildcards):
     """The shards that hold a block's tensors, and the records of their check."""
-    names = sorted(shards_by_block(model_of(wildcards)).get(int(wildcards.block), set()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
-        wildcards, [*names, "config.json"]
-    )
+    return checked_shards(wildcards, int(wildcards.block))
 
 
 def outer_shards(wildcards):
     """The shards that hold embeddings, norm and head, and the records of their check."""
-    names = sorted(shards_by_block(model_of(wildcards)).get(None, set()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
-        wildcards, [*names, "config.json"]
-    )
+    return checked_shards(wildcards, None)
 
 
 def all_shards(wildcards):
     """Every shard of the source, and the record of the whole source's check."""
-    names = sorted(set(checkpoint_plan(model_of(wildcards))[1].values()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + [
-        f"results/source/{model_of(wildcards)}/source.json"
+    model = model_of(wildcards)
+    return [
+        *source_files(wildcards, set(checkpoint_plan(model)[1].values())),
+        f"results/source/{model}/source.json",
     ]
+
+
+def source_config(wildcards):
+    return f"{source_path_of(wildcards)}/config.json"
 
 
 def tokenizer_files(wildcards):
@@ -442,7 +453,8 @@ def built():
     return [SimpleNamespace(release=release) for release in CONFIG.build]
 
 
-def build_records():
+def build_records(_):
+    """The records of all releases of the build; asked for when a card is, so that a lock can be made before."""
     return list(dict.fromkeys(record for wildcards in built() for record in release_records(wildcards)))
 
 
@@ -450,7 +462,7 @@ def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
 
 
-def expert_pictures():
+def expert_pictures(_):
     """The heat map of experts, if a model of the build has any."""
     plans = [(checkpoint_plan(model_of(wildcards))[1], len(blocks_of(wildcards))) for wildcards in built()]
     return (
@@ -486,5 +498,5 @@ def card_subject(wildcards):
     }
 
 
-def card_subjects():
+def card_subjects(_):
     return [card_subject(wildcards) for wildcards in built()]

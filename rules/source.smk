@@ -58,6 +58,7 @@ rule source_file:
 rule source:
     input:
         files=checked_files,
+        config=source_config,
         lock=lock_of,
         lib=modules("source"),
     output:
