@@ -3,6 +3,7 @@ What the rules share: the parsed config, and input and parameter functions named
 """
 
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -22,10 +23,11 @@ from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
+from requant.download import HubModel, check_room
 from requant.errors import RequantError
 from requant.imports import modules_of
 from requant.locks import load_lock, tensors_of
-from requant.planning import check_locked_source, made_here, model_to_lock, text_files
+from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 
 
 wildcard_constraints:
@@ -73,21 +75,39 @@ def located(path):
     return str(beside) if not made_here(path) and not Path(path).exists() and beside.exists() else path
 
 
+def is_from_hub(model):
+    return CONFIG.models[model].hub is not None
+
+
 def source_dir(model):
+    """Where a checkpoint is read; for a model from the hub a folder of links to its files, made by `download`."""
+    if is_from_hub(model):
+        return f"results/source/{model}/checkpoint"
     return located(os.path.expanduser(CONFIG.models[model].path).rstrip("/"))
 
 
 def lock_file(model):
-    """The model's lock, or None for a local checkpoint that has none. The checkout's locks pin its own models only."""
+    """The model's lock, or None if it has none. The checkout's locks pin its own local checkpoints only."""
     here = Path("locks") / f"{model}.json"
     beside = Path(workflow.basedir) / here
-    own = Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
+    own = is_from_hub(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
     return next((str(path) for path in (here, beside) if path.exists() and (path == here or own)), None)
+
+
+@cache
+def hub_lock(model):
+    """The lock of a model from the hub. Stops the planning if there is none, or if it is of another commit."""
+    lock = or_stop(load_lock, lock_file(model)) if lock_file(model) else None
+    or_stop(check_hub_model, model, CONFIG.models[model].revision, lock)
+    return lock
 
 
 @cache
 def checkpoint_plan(model):
     """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
+    if is_from_hub(model):
+        lock = hub_lock(model)
+        return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     if (path := lock_file(model)) is not None:
         lock = or_stop(load_lock, path)
         if model != config.get("model"):  # a lock that is made anew may be of other files
@@ -164,8 +184,43 @@ def model_asked_for(wildcards):
     return or_stop(model_to_lock, config.get("model"), CONFIG.models)
 
 
-def path_asked_for(wildcards):
-    return source_dir(model_asked_for(wildcards))
+def source_asked_for(wildcards):
+    """Where the model of `--config model=NAME` is: its path, or its repository and revision."""
+    settings = CONFIG.models[model_asked_for(wildcards)]
+    if settings.hub:
+        return {"hub": settings.hub, "revision": settings.revision}
+    return {"path": source_dir(model_asked_for(wildcards))}
+
+
+def hub_models():
+    """A pattern of the models that come from the hub; of nothing if none does."""
+    return "|".join(re.escape(model) for model in CONFIG.models if is_from_hub(model)) or "(?!)"
+
+
+def repository_of(wildcards):
+    """The repository, commit and directory of a model from the hub."""
+    settings = CONFIG.models[wildcards.model]
+    return {"hub": settings.hub, "commit": settings.revision, "directory": settings.directory}
+
+
+@cache
+def room_for_downloads(model):
+    """Stops a build whose downloads do not fit their disk; a dry run says so and goes on."""
+    if not workflow.is_main_process:
+        return
+    arguments = (model, HubModel(**repository_of(SimpleNamespace(model=model))), hub_lock(model))
+    try:
+        check_room(*arguments)
+    except RequantError as error:
+        if not workflow.output_settings.dryrun:
+            sys.exit(f"error: {error}")
+        print(f"warning: {error}", file=sys.stderr)
+
+
+def lock_to_download(wildcards):
+    """The lock of a model from the hub, once there is room for its files."""
+    room_for_downloads(wildcards.model)
+    return lock_of(wildcards)
 
 
 def checked_files(wildcards):
@@ -177,28 +232,39 @@ def checks(wildcards, names):
     return [f"results/source/{model_of(wildcards)}/files/{name}.json" for name in names]
 
 
+def source_files(wildcards, names):
+    """Files of the source, with those that say what is in them: config.json, and the index if there is one."""
+    described = {"config.json", INDEX} & set(checkpoint_plan(model_of(wildcards))[2])
+    return [f"{source_path_of(wildcards)}/{name}" for name in sorted({*names, *described})]
+
+
+def checked_shards(wildcards, block):
+    """The shards that hold tensors of a block, or of none of the blocks (None), and the records of their check."""
+    files = source_files(wildcards, shards_by_block(model_of(wildcards)).get(block, set()))
+    return files + checks(wildcards, [Path(file).name for file in files])
+
+
 def block_shards(wildcards):
     """The shards that hold a block's tensors, and the records of their check."""
-    names = sorted(shards_by_block(model_of(wildcards)).get(int(wildcards.block), set()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
-        wildcards, [*names, "config.json"]
-    )
+    return checked_shards(wildcards, int(wildcards.block))
 
 
 def outer_shards(wildcards):
     """The shards that hold embeddings, norm and head, and the records of their check."""
-    names = sorted(shards_by_block(model_of(wildcards)).get(None, set()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(
-        wildcards, [*names, "config.json"]
-    )
+    return checked_shards(wildcards, None)
 
 
 def all_shards(wildcards):
     """Every shard of the source, and the record of the whole source's check."""
-    names = sorted(set(checkpoint_plan(model_of(wildcards))[1].values()))
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + [
-        f"results/source/{model_of(wildcards)}/source.json"
+    model = model_of(wildcards)
+    return [
+        *source_files(wildcards, set(checkpoint_plan(model)[1].values())),
+        f"results/source/{model}/source.json",
     ]
+
+
+def source_config(wildcards):
+    return f"{source_path_of(wildcards)}/config.json"
 
 
 def tokenizer_files(wildcards):
@@ -387,7 +453,8 @@ def built():
     return [SimpleNamespace(release=release) for release in CONFIG.build]
 
 
-def build_records():
+def build_records(_):
+    """The records of all releases of the build; asked for when a card is, so that a lock can be made before."""
     return list(dict.fromkeys(record for wildcards in built() for record in release_records(wildcards)))
 
 
@@ -395,7 +462,7 @@ def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
 
 
-def expert_pictures():
+def expert_pictures(_):
     """The heat map of experts, if a model of the build has any."""
     plans = [(checkpoint_plan(model_of(wildcards))[1], len(blocks_of(wildcards))) for wildcards in built()]
     return (
@@ -431,5 +498,5 @@ def card_subject(wildcards):
     }
 
 
-def card_subjects():
+def card_subjects(_):
     return [card_subject(wildcards) for wildcards in built()]

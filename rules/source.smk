@@ -1,13 +1,41 @@
 """
-REQUIRED INPUTS   checkpoint files     {path of the model in config.yaml}/*
-                  lock, if there is    locks/{model}.json
+REQUIRED INPUTS   checkpoint files     {path of the model in config.yaml}/*, or a repository of the hub at a commit
+                  lock, if there is    locks/{model}.json; a model from the hub has one
 OUTPUTS           a record a file      results/source/{model}/files/{file}.json
+                  files from the hub   results/source/{model}/checkpoint/{file}: links into its cache or a directory
                   the whole source     results/source/{model}/source.json
                   demo texts           results/demo/{split}/{kind}.jsonl
 
 A file whose hash, size, tensor names or shapes are not the lock's stops the build with its name. A model from the
-hub will get its files here, by one download job a file, under the same records.
+hub gets its files by one download job a file; each is checked before it is linked here, so that a block can be worked
+on as soon as the shards that hold it have come.
 """
+
+
+ruleorder: download > source_file
+
+
+rule download:
+    input:
+        lock=lock_to_download,
+        lib=modules("download"),
+    output:
+        file="results/source/{model}/checkpoint/{file}",
+        record="results/source/{model}/files/{file}.json",
+    log:
+        "logs/download/{model}/{file}.log",
+    benchmark:
+        "results/benchmarks/download/{model}/{file}.tsv"
+    wildcard_constraints:
+        model=hub_models(),
+    conda:
+        "../envs/requant.yaml"
+    resources:
+        downloads=1,
+    params:
+        repository=repository_of,
+    script:
+        "../scripts/download.py"
 
 
 rule source_file:
@@ -30,6 +58,7 @@ rule source_file:
 rule source:
     input:
         files=checked_files,
+        config=source_config,
         lock=lock_of,
         lib=modules("source"),
     output:
@@ -53,7 +82,7 @@ rule lock:
         "../envs/requant.yaml"
     params:
         model=model_asked_for,
-        source=path_asked_for,
+        source=source_asked_for,
     script:
         "../scripts/lock.py"
 

@@ -1,9 +1,11 @@
-"""Writes locks/{model}.json of a local checkpoint: `snakemake --cores 1 lock --config model=NAME`."""
+"""Writes locks/{model}.json of a directory or a hub commit: `snakemake --cores 1 lock --config model=NAME`."""
 
 from typing import TYPE_CHECKING
 
+from requant.hublock import make_hub_lock
 from requant.jobs import job, progress
-from requant.locks import write_lock
+from requant.locks import make_lock
+from requant.records import write_json
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -11,5 +13,6 @@ if TYPE_CHECKING:
 with job(snakemake.log[0]):
     model, source = snakemake.params.model, snakemake.params.source
     path = f"locks/{model}.json"
-    write_lock(model, source, path)
-    progress(f"{path}: written from {source}; commit it")
+    lock = make_hub_lock(model, **source) if "hub" in source else make_lock(model, source["path"])
+    write_json(path, lock)
+    progress(f"{path}: written from {source.get('hub') or source['path']} at {lock.revision}; commit it")

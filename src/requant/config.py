@@ -16,6 +16,7 @@ from requant.schemes import SCHEMES
 # Folders of results/ that belong to no release.
 RESERVED = ("benchmarks", "calibration", "card", "demo", "reference", "source")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -28,13 +29,39 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """A source checkpoint: a directory with config.json, a tokenizer and safetensors shards."""
+    """A source checkpoint: a directory (`path`), or a repository of the hub (`hub`) at one commit, with its lock."""
 
-    path: str = Field(min_length=1, description="directory of the checkpoint")
-    base_model: str | None = Field(None, description="hub name of the model, for the card's metadata (org/name)")
+    path: str | None = Field(None, min_length=1, description="directory of the checkpoint")
+    hub: str | None = Field(None, description="repository on the Hugging Face hub (org/name), in place of `path`")
+    revision: str | None = Field(
+        None, description="commit of `hub`, 40 hex digits; for a branch, a tag or none, `lock` says which commit it is"
+    )
+    directory: str | None = Field(
+        None, min_length=1, description="where the files of `hub` go; huggingface_hub's cache if absent"
+    )
+    base_model: str | None = Field(
+        None, description="hub name of the model, for the card's metadata (org/name); `hub` if absent"
+    )
     license: str | None = Field(
         None, description="licence of the weights, as the hub names it (mit, apache-2.0, other)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _base_is_the_repository(cls, data: Any):
+        return {"base_model": data["hub"], **data} if isinstance(data, dict) and data.get("hub") else data
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.hub is None):
+            found = "both" if self.path else "neither"
+            raise ValueError(f"path, hub: {found} found; expected one: `path: DIRECTORY`, or `hub: ORG/NAME`")
+        if self.hub and not REPOSITORY.fullmatch(self.hub):
+            raise ValueError(f"hub: {self.hub!r}; expected a repository of the hub, ORG/NAME")
+        for key in ("revision", "directory"):
+            if self.path and getattr(self, key):
+                raise ValueError(f"{key}: {getattr(self, key)!r}; expected with `hub` only, not with `path`")
+        return self
 
 
 class TextSource(Section):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 PACKAGE = "requant"
 
-# Modules that name, check and report but compute nothing: values reach a job as params, records are checked when they
-# are read. A new field of a record must not cost hours of tuning.
-NOT_COMPUTING = ("__init__", "config", "errors", "imports", "jobs", "records", "whole")
+# Modules that name, carry and report but compute nothing: values reach a job as params, records are checked when they
+# are read, files from the hub by `locks`. A new field of a record must not cost hours of tuning.
+NOT_COMPUTING = ("__init__", "config", "download", "errors", "hub", "imports", "jobs", "records", "whole")
 
 
 def modules_of(script: str | Path, source_root: str | Path) -> list[str]:

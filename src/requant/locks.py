@@ -7,7 +7,7 @@ from pathlib import Path
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
-from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
+from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json
 from requant.safetensors_io import file_entry, read_header
 
 # The dtype of a source, and the one tensor that DeepSeek checkpoints keep in float32.
@@ -27,13 +27,18 @@ def tensors_of(directory: str) -> dict[str, TensorEntry]:
         if not path.exists():
             raise RequantError(f"{path}: not there; {INDEX} names it")
         tensors |= read_header(path)
-    for name, shard in checkpoint.index.items():
+    index_agrees(checkpoint.directory, checkpoint.index, tensors)
+    return tensors
+
+
+def index_agrees(where: str | Path, index: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
+    """Raises RequantError if `index` (tensor: shard) and the `tensors` found in the headers disagree."""
+    for name, shard in index.items():
         if name not in tensors or tensors[name].shard != shard:
             found = tensors[name].shard if name in tensors else "no shard"
-            raise RequantError(f"{checkpoint.directory}: {name}: found in {found}; {INDEX} says {shard}")
-    if extra := sorted(tensors.keys() - checkpoint.index.keys()):
-        raise RequantError(f"{checkpoint.directory}: {extra[0]} is in a shard; {INDEX} does not name it")
-    return tensors
+            raise RequantError(f"{where}: {name}: found in {found}; {INDEX} says {shard}")
+    if extra := sorted(tensors.keys() - index.keys()):
+        raise RequantError(f"{where}: {extra[0]} is in a shard; {INDEX} does not name it")
 
 
 def make_lock(model: str, directory: str | Path) -> Lock:
@@ -150,8 +155,3 @@ def shared_experts(config: dict, tensors: list[str]) -> int:
 def load_lock(path: str | Path) -> Lock:
     """The lock in `path`. RequantError if it is missing or of another shape."""
     return read_json(path, Lock)
-
-
-def write_lock(model: str, directory: str | Path, path: str | Path) -> None:
-    """Makes the lock of `directory` and writes it to `path`."""
-    write_json(path, make_lock(model, directory))

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from requant.errors import RequantError
+from requant.hub import COMMIT
+from requant.records import Lock
 
 
 def made_here(path: str | Path) -> bool:
@@ -37,6 +39,22 @@ def check_locked_source(model: str, directory: str, lock: str, names: Iterable[s
         path = Path(directory) / name
         if not path.is_file():
             raise RequantError(f"{path}: not there; {lock} names it: make the lock anew if the source has changed")
+
+
+def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None:
+    """Raises RequantError unless the `revision` of a hub model is a commit, and its `lock` is of that commit."""
+    command = f"run `snakemake --cores 1 lock --config model={model}`, with the --configfile of this build"
+    if revision is None or not COMMIT.fullmatch(revision):
+        raise RequantError(
+            f"models.{model}.revision: {revision!r} may move; expected a commit, 40 hex digits: for the one it is now, "
+            + command
+        )
+    if lock is None:
+        raise RequantError(f"locks/{model}.json: not there; a model from the hub is planned from its lock: {command}")
+    if lock.revision != revision:
+        raise RequantError(
+            f"locks/{model}.json: revision {lock.revision} found; models.{model}.revision is {revision}: {command}"
+        )
 
 
 def model_to_lock(asked: object, models: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from requant.errors import RequantError
 from requant.records import FileEntry, TensorEntry
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 def read_header(path: str | Path) -> dict[str, TensorEntry]:
@@ -26,16 +26,23 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
     leave gaps or differ in size from their dtype and shape.
     """
     path = Path(path)
-    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
-        if length > min(_HEADER_LIMIT, size - 8):
-            raise RequantError(f"{path}: not a whole safetensors file: its header claims {length} bytes, it has {size}")
-        try:
-            entries = json.loads(file.read(length))
-        except ValueError as error:
-            raise RequantError(f"{path}: not a safetensors file: its header is no JSON ({error})") from None
+        return header_of(file, path.stat().st_size, path)
+
+
+def header_of(file: BinaryIO, size: int, path: Path) -> dict[str, TensorEntry]:
+    """The tensors that `file`, the beginning of a shard of `size` bytes, describes; `path` names it in errors.
+
+    Raises RequantError as `read_header` does.
+    """
+    head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
+    if length > min(HEADER_LIMIT, size - 8):
+        raise RequantError(f"{path}: not a whole safetensors file: its header claims {length} bytes, it has {size}")
+    try:
+        entries = json.loads(file.read(length))
+    except ValueError as error:
+        raise RequantError(f"{path}: not a safetensors file: its header is no JSON ({error})") from None
     entries.pop("__metadata__", None)
     tensors, start = {}, 8 + length
     expected = 0

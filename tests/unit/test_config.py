@@ -43,7 +43,15 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ("build", ["other"], "config: build: 'other' is not in `releases`; there: mine-nvfp4"),
         ("build", [], "config: build: []; expected"),
         ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
-        ("models/mine", {}, "config: models.mine.path: missing; expected: directory of the checkpoint"),
+        ("models/mine", {}, "config: models.mine.path, hub: neither found; expected one: `path: DIRECTORY`, or `hub:"),
+        ("models/mine", {"path": "x", "hub": "org/name"}, "config: models.mine.path, hub: both found; expected one"),
+        ("models/mine", {"hub": "name"}, "config: models.mine.hub: 'name'; expected a repository of the hub, ORG/NAME"),
+        ("models/mine", {"path": "x", "revision": "main"}, "config: models.mine.revision: 'main'; expected with `hub`"),
+        (
+            "models/mine",
+            {"path": "x", "directory": "y"},
+            "config: models.mine.directory: 'y'; expected with `hub` only",
+        ),
         ("models/my model", {"path": "x"}, "config: models.my model: names have letters"),
         (
             "releases/source",
