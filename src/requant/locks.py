@@ -3,14 +3,16 @@
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from requant import fp8
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
 from requant.safetensors_io import file_entry, read_header
 
-# The dtype of a source, and the one tensor that DeepSeek checkpoints keep in float32.
+# The dtype of what is not in FP8, and the one tensor that DeepSeek checkpoints keep in float32.
 DTYPE, FLOAT32_TENSOR = "BF16", "e_score_correction_bias"
 
 
@@ -27,11 +29,11 @@ def tensors_of(directory: str) -> dict[str, TensorEntry]:
         if not path.exists():
             raise RequantError(f"{path}: not there; {INDEX} names it")
         tensors |= read_header(path)
-    for name, shard in checkpoint.index.items():
+    for name, shard in checkpoint.stored.items():
         if name not in tensors or tensors[name].shard != shard:
             found = tensors[name].shard if name in tensors else "no shard"
             raise RequantError(f"{checkpoint.directory}: {name}: found in {found}; {INDEX} says {shard}")
-    if extra := sorted(tensors.keys() - checkpoint.index.keys()):
+    if extra := sorted(tensors.keys() - checkpoint.stored.keys()):
         raise RequantError(f"{checkpoint.directory}: {extra[0]} is in a shard; {INDEX} does not name it")
     return tensors
 
@@ -95,16 +97,15 @@ def source_record(
 ) -> SourceRecord:
     """Describes a checked source; parameters and experts are counted from its tensors.
 
-    Raises RequantError for an unknown family, another dtype than BF16, or blocks that config.json counts but no
-    tensor has.
+    Raises RequantError for an unknown family, tensors that requant doesn't read, or blocks that config.json counts but
+    no tensor has.
     """
     files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
     config = Checkpoint(directory).config
-    tensors = lock.tensors if lock else tensors_of(str(directory))
+    stored = lock.tensors if lock else tensors_of(str(directory))
     family(config)
-    for name, entry in sorted(tensors.items()):
-        if entry.dtype != DTYPE and not (entry.dtype == "F32" and name.endswith(FLOAT32_TENSOR)):
-            raise RequantError(f"{directory}: {name} is stored in {entry.dtype}; expected a {DTYPE} checkpoint")
+    check_stored(directory, config, stored)
+    tensors = fp8.without_scales(stored)
     blocks = block_count(config)
     held = {block_of(name, blocks) for name in tensors} - {None}
     if missing := sorted(set(range(blocks)) - held):
@@ -132,6 +133,23 @@ def source_record(
         dense_blocks=blocks - len(experts),
         seconds=sum(entry.seconds for entry in checked.values()),
     )
+
+
+def check_stored(directory: str | Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Raises RequantError unless every tensor is in BF16, or in FP8 with factors that fit config.json.
+
+    `tensors`: by the names in the files, factors of FP8 weights included.
+    """
+    try:
+        fp8.check_scales(tensors, fp8.block_size(config))
+    except RequantError as error:
+        raise RequantError(f"{directory}: {error}") from None
+    for name, entry in fp8.without_scales(tensors).items():
+        allowed = (DTYPE, fp8.DTYPE, "F32") if name.endswith(FLOAT32_TENSOR) else (DTYPE, fp8.DTYPE)
+        if entry.dtype not in allowed:
+            raise RequantError(
+                f"{directory}: {name} is stored in {entry.dtype}; expected {DTYPE}, or {fp8.DTYPE} with its factors"
+            )
 
 
 def elements(entry: TensorEntry) -> int:
