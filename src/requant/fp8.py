@@ -63,25 +63,25 @@ def check_scales(tensors: dict[str, TensorEntry], size: tuple[int, int] | None) 
 
     `size` is what `block_size` says of the config.json, which has to tell of FP8 if, and only if, a weight is in FP8.
     """
-    weights = {name: entry for name, entry in tensors.items() if entry.dtype == DTYPE}
-    if weights and size is None:
-        raise RequantError(
-            f"{min(weights)} is stored in {DTYPE}; config.json has no quantization_config, expected one of "
-            "quant_method fp8"
-        )
-    if size and not weights:
+    found = False
+    for name, entry in tensors.items():
+        if entry.dtype == DTYPE:
+            found = True
+            _check_scale(name, entry, tensors.get(name + SCALE_SUFFIX), size)
+        elif (weight := tensors.get(weight_of(name))) is not None and weight.dtype != DTYPE:
+            raise RequantError(f"{name}: found; its weight is stored in {weight.dtype}, not {DTYPE}")
+    if size and not found:
         raise RequantError(
             f"config.json: quantization_config.quant_method: 'fp8'; no tensor is stored in {DTYPE}: "
             "remove the key if the checkpoint was decoded"
         )
-    for name, entry in weights.items():
-        _check_scale(name, entry, tensors.get(name + SCALE_SUFFIX), size)
-    for name in tensors:
-        if weight_of(name) in tensors and weight_of(name) not in weights:
-            raise RequantError(f"{name}: found; its weight is stored in {tensors[weight_of(name)].dtype}, not {DTYPE}")
 
 
-def _check_scale(name: str, weight: TensorEntry, scale: TensorEntry | None, size: tuple[int, int]) -> None:
+def _check_scale(name: str, weight: TensorEntry, scale: TensorEntry | None, size: tuple[int, int] | None) -> None:
+    if size is None:
+        raise RequantError(
+            f"{name} is stored in {DTYPE}; config.json has no quantization_config, expected one of quant_method fp8"
+        )
     if len(weight.shape) != 2:
         raise RequantError(f"{name}: shape {weight.shape} in {DTYPE}; expected a matrix [out, in]")
     if scale is None:
