@@ -1,5 +1,6 @@
 """Locks: what a model is, pinned. Made from a directory by reading headers and hashing; checked shard by shard."""
 
+import gc
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -166,8 +167,17 @@ def shared_experts(config: dict, tensors: list[str]) -> int:
 
 
 def load_lock(path: str | Path) -> Lock:
-    """The lock in `path`. RequantError if it is missing or of another shape."""
-    return read_json(path, Lock)
+    """The lock in `path`. RequantError if it is missing or of another shape.
+
+    Python's collector of cycles rests meanwhile: it would walk the growing mass of entries again and again.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return read_json(path, Lock)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def write_lock(model: str, directory: str | Path, path: str | Path) -> None:
