@@ -26,7 +26,7 @@ from requant.config import parse as parse_config, verify_limits
 from requant.download import HubModel, check_room
 from requant.errors import RequantError
 from requant.imports import modules_of
-from requant.locks import load_lock, tensors_of
+from requant.locks import check_stored, load_lock, tensors_of
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 
 
@@ -112,9 +112,12 @@ def checkpoint_plan(model):
         lock = or_stop(load_lock, path)
         if model != config.get("model"):  # a lock that is made anew may be of other files
             or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
+            or_stop(check_stored, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
-    shard_of = {name: entry.shard for name, entry in or_stop(tensors_of, source_dir(model)).items()}
+    tensors = or_stop(tensors_of, source_dir(model))
+    or_stop(check_stored, source_dir(model), local.config, tensors)
+    shard_of = {name: entry.shard for name, entry in tensors.items()}
     index = [INDEX] if (local.directory / INDEX).exists() else []
     return local.config, shard_of, sorted({"config.json", *local.carried_files, *index, *shard_of.values()})
 

@@ -1,6 +1,8 @@
 """Tiny random checkpoints of each family, with a tokenizer of their own: small enough to build in a test."""
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "mat", "hill", "and", "then", "saw", "red", "blue", "ball"]
@@ -88,4 +90,66 @@ def write_checkpoint(directory: Path, model_type: str, seed: int = 0, shard_size
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, max_shard_size=shard_size)
     write_tokenizer(directory)
+    return directory
+
+
+def plain_decoding(weight, scales, size: int = 128):
+    """BF16 [out, in]: each e4m3 value times the factor of its block, one block after another."""
+    import torch
+
+    decoded = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for top in range(0, weight.shape[0], size):
+        for left in range(0, weight.shape[1], size):
+            part = (slice(top, top + size), slice(left, left + size))
+            decoded[part] = (weight[part].float() * float(scales[top // size, left // size])).to(torch.bfloat16)
+    return decoded
+
+
+def round_to_fp8(weight, size: int = 128):
+    """(e4m3 [out, in], float32 factors [ceil(out / size), ceil(in / size)]): each block's peak becomes 448."""
+    import torch
+
+    rows, columns = (-(-extent // size) for extent in weight.shape)
+    quantized, scales = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            part = (slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size))
+            scales[row, column] = weight[part].abs().max().float() / 448
+            quantized[part] = (weight[part].float() / scales[row, column]).to(torch.float8_e4m3fn)
+    return quantized, scales
+
+
+def write_fp8(source: Path, directory: Path, decoded: Path | None = None) -> Path:
+    """`source` with the Linears of its blocks in FP8 as DeepSeek-V3 publishes them, their factors in other shards.
+
+    The router's correction bias is in F32, as it is there. Block 0's tensors stand behind the last block once more, as
+    a multi-token-prediction layer. `decoded` gets the same model in BF16.
+    """
+    from safetensors.torch import load_file, save_file
+
+    shards = {path.name: load_file(path) for path in sorted(source.glob("*.safetensors"))}
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    drafting = f"model.layers.{config['num_hidden_layers']}."
+    for tensors in shards.values():
+        again = {name: t for name, t in tensors.items() if name.startswith("model.layers.0.")}
+        tensors |= {name.replace("model.layers.0.", drafting): tensor.clone() for name, tensor in again.items()}
+    in_fp8, in_bf16 = {name: {} for name in shards}, {name: {} for name in shards}
+    for shard, other in zip(shards, [*list(shards)[1:], next(iter(shards))], strict=True):
+        for name, tensor in shards[shard].items():
+            wide = tensor.float() if name.endswith("e_score_correction_bias") else tensor
+            in_fp8[shard][name] = in_bf16[shard][name] = wide
+            if name.startswith("model.layers.") and "_proj" in name:
+                in_fp8[shard][name], scales = round_to_fp8(tensor)
+                in_fp8[other][f"{name}_scale_inv"] = scales
+                in_bf16[shard][name] = plain_decoding(in_fp8[shard][name], scales)
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    written = [(directory, in_fp8, config | {"quantization_config": fp8})]
+    written += [(decoded, in_bf16, config)] if decoded else []
+    for folder, contents, its_config in written:
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        for shard, tensors in contents.items():
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+        index = {name: shard for shard, tensors in contents.items() for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "config.json").write_text(json.dumps(its_config))
     return directory

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant import fp8
 from requant.config import Benchmark
 from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
@@ -248,7 +249,9 @@ def _whole_model(checkpoint: "Checkpoint") -> tuple[Any, str]:
 
     scheme = getattr(checkpoint, "scheme", None)
     if scheme is None:
-        return StreamedModel(checkpoint).whole(), "BF16 weights and activations"
+        in_fp8 = fp8.block_size(checkpoint.config) is not None
+        arithmetic = "FP8 weights decoded to BF16, BF16 activations" if in_fp8 else "BF16 weights and activations"
+        return StreamedModel(checkpoint).whole(), arithmetic
     weights = f"{scheme.name} weights decoded to BF16"
     if not scheme.quantizes_activations:
         return StreamedModel(checkpoint).whole(), f"{weights}, BF16 activations"

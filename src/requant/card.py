@@ -468,11 +468,17 @@ def scheme_text(name: str) -> str:
     )
 
 
+def stored_as(dtypes: dict[str, int]) -> str:
+    """Parameters by the type that they are stored in, most first: F8_E4M3 680,571,043,840; BF16 3,918,786,560."""
+    most_first = sorted(dtypes.items(), key=lambda item: (-item[1], item[0]))
+    return "; ".join(f"{dtype} {wording.number(count)}" for dtype, count in most_first)
+
+
 _FILTERS = (
     wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
-    scheme_text, shell_command, rebuild_command, linear_table, tuning_table, lowered, tuned, tuning_effect,
+    scheme_text, stored_as, shell_command, rebuild_command, linear_table, tuning_table, lowered, tuned, tuning_effect,
     expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
     calibrations, sources,
 )  # fmt: skip

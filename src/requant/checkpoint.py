@@ -5,8 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant import fp8
 from requant.errors import RequantError
-from requant.safetensors_io import read_header, read_tensors
+from requant.safetensors_io import read_header
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,12 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> dict[str, str]:
-        """The shard file of each tensor."""
+        """The shard file of each tensor that the model has: the factors of FP8 weights are left out."""
+        return fp8.without_scales(self.stored)
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """The shard file of each tensor, by the names in the files."""
         return self.stored_index()
 
     def stored_index(self) -> dict[str, str]:
@@ -65,7 +71,7 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         """File names of the shards, sorted. RequantError if one is a path and not a name in the directory."""
-        names = sorted(set(self.index.values()))
+        names = sorted(set(self.stored.values()))
         for name in names:
             if Path(name).name != name:
                 raise RequantError(f"{self.directory / INDEX}: shard {name!r}; expected a file name without a path")
@@ -77,8 +83,8 @@ class Checkpoint:
         return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
 
     def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
-        """The tensors `names` as they are stored."""
-        return read_tensors(self.directory, self.index, names)
+        """The tensors `names`: weights in FP8 decoded to BF16, others as they are stored."""
+        return fp8.read(self.directory, self.stored, names, self.config)
 
     def tokenizer(self):
         """The checkpoint's tokenizer. RequantError if its files are missing."""

@@ -1,16 +1,19 @@
 """Locks: what a model is, pinned. Made from a directory by reading headers and hashing; checked shard by shard."""
 
+import gc
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from requant import fp8
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json
 from requant.safetensors_io import file_entry, read_header
 
-# The dtype of a source, and the one tensor that DeepSeek checkpoints keep in float32.
+# The dtype of what is not in FP8, and the one tensor that DeepSeek checkpoints keep in float32.
 DTYPE, FLOAT32_TENSOR = "BF16", "e_score_correction_bias"
 
 
@@ -27,7 +30,7 @@ def tensors_of(directory: str) -> dict[str, TensorEntry]:
         if not path.exists():
             raise RequantError(f"{path}: not there; {INDEX} names it")
         tensors |= read_header(path)
-    index_agrees(checkpoint.directory, checkpoint.index, tensors)
+    index_agrees(checkpoint.directory, checkpoint.stored, tensors)
     return tensors
 
 
@@ -100,16 +103,15 @@ def source_record(
 ) -> SourceRecord:
     """Describes a checked source; parameters and experts are counted from its tensors.
 
-    Raises RequantError for an unknown family, another dtype than BF16, or blocks that config.json counts but no
-    tensor has.
+    Raises RequantError for an unknown family, tensors that requant doesn't read, or blocks that config.json counts but
+    no tensor has.
     """
     files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
     config = Checkpoint(directory).config
-    tensors = lock.tensors if lock else tensors_of(str(directory))
+    stored = lock.tensors if lock else tensors_of(str(directory))
     family(config)
-    for name, entry in sorted(tensors.items()):
-        if entry.dtype != DTYPE and not (entry.dtype == "F32" and name.endswith(FLOAT32_TENSOR)):
-            raise RequantError(f"{directory}: {name} is stored in {entry.dtype}; expected a {DTYPE} checkpoint")
+    check_stored(directory, config, stored)
+    tensors = fp8.without_scales(stored)
     blocks = block_count(config)
     held = {block_of(name, blocks) for name in tensors} - {None}
     if missing := sorted(set(range(blocks)) - held):
@@ -139,6 +141,23 @@ def source_record(
     )
 
 
+def check_stored(directory: str | Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Raises RequantError unless every tensor is in BF16, or in FP8 with factors that fit config.json.
+
+    `tensors`: by the names in the files, factors of FP8 weights included.
+    """
+    try:
+        fp8.check_scales(tensors, fp8.block_size(config))
+    except RequantError as error:
+        raise RequantError(f"{directory}: {error}") from None
+    for name, entry in fp8.without_scales(tensors).items():
+        allowed = (DTYPE, fp8.DTYPE, "F32") if name.endswith(FLOAT32_TENSOR) else (DTYPE, fp8.DTYPE)
+        if entry.dtype not in allowed:
+            raise RequantError(
+                f"{directory}: {name} is stored in {entry.dtype}; expected {DTYPE}, or {fp8.DTYPE} with its factors"
+            )
+
+
 def elements(entry: TensorEntry) -> int:
     """Number of elements of a tensor."""
     count = 1
@@ -153,5 +172,14 @@ def shared_experts(config: dict, tensors: list[str]) -> int:
 
 
 def load_lock(path: str | Path) -> Lock:
-    """The lock in `path`. RequantError if it is missing or of another shape."""
-    return read_json(path, Lock)
+    """The lock in `path`. RequantError if it is missing or of another shape.
+
+    Python's collector of cycles rests meanwhile: it would walk the growing mass of entries again and again.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return read_json(path, Lock)
+    finally:
+        if collecting:
+            gc.enable()

@@ -37,11 +37,6 @@ class PackedCheckpoint(Checkpoint):
         self.scheme = scheme_of(self.config, str(self.directory / "config.json"))
 
     @cached_property
-    def stored(self) -> dict[str, str]:
-        """The shard of each tensor as it is stored, packed names."""
-        return self.stored_index()
-
-    @cached_property
     def quantized(self) -> list[str]:
         """Source names of the quantized weights, sorted."""
         packed = (name for name in self.stored if name.endswith(".weight_packed"))
@@ -52,10 +47,6 @@ class PackedCheckpoint(Checkpoint):
         """The shard of each tensor by its source name."""
         plain = {name: shard for name, shard in self.stored.items() if name.rpartition(".")[2] not in PARTS}
         return plain | {name: self.stored[f"{name}_packed"] for name in self.quantized}
-
-    @property
-    def shards(self) -> list[str]:
-        return sorted(set(self.stored.values()))
 
     def parts(self, weight: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a quantized weight, by the last part of their names."""

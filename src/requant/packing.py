@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+from requant import fp8
 from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, is_drafting
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.encoding import quantization_config
@@ -74,7 +75,7 @@ def pack(
         with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
             shutil.copyfile(checkpoint.directory / name, partial)
 
-    tensors = tensors_of(str(source))
+    tensors = fp8.without_scales(tensors_of(str(source)))
     counted = _count(release, model, scheme.name, checkpoint, tensors, stored, quantized)
     names = ["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))]
     remove_strangers(out, names)

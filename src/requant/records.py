@@ -56,10 +56,10 @@ class SourceRecord(Record):
     revision: str
     files: dict[str, FileEntry]
     parameters: int
-    tensors: int
+    tensors: int = Field(description="factors of FP8 weights not counted: they are no parameters either")
     blocks: int
     architecture: str
-    dtypes: dict[str, int] = Field(description="parameters by dtype")
+    dtypes: dict[str, int] = Field(description="parameters by the dtype that they are stored in")
     routed_experts: int = Field(description="experts in each MoE block, counted from tensor names; 0 for a dense model")
     shared_experts: int
     experts_per_token: int

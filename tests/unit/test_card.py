@@ -113,6 +113,21 @@ def test_specification_counts_what_the_records_count(root):
     assert row(text, "Bits a quantized weight, scales included") == ["4.503", "4.133"]
 
 
+def test_a_source_in_fp8_is_said_to_be_so(root):
+    assert (
+        row(section(build_text(root), "Specification"), "Source's parameters, as they are stored")
+        == ["BF16 4,712,345"] * 2
+    )
+    assert "FP8," not in release_text(root)
+    dtypes = {"BF16": 500_029, "F32": 16, "F8_E4M3": 4_212_300}
+    change(root, "results/source/alpha/source.json", put("dtypes", dtypes))
+    text = release_text(root)
+    assert "where the source, stored in FP8, takes 9.42\u00a0MB" in text
+    stored = row(section(text, "Specification"), "Source's parameters, as they are stored")
+    assert stored == ["F8_E4M3 4,212,300; BF16 500,029; F32 16"]
+    assert "in the release bit for bit, in BF16 what the source has in FP8." in section(text, "What is quantized")
+
+
 def test_the_spread_of_tokens_over_experts_is_told(root):
     load_of_block = json.loads((root / f"results/{NVFP4}/blocks/4.json").read_text())["tokens_per_expert"]
     least, middle, most = min(load_of_block), statistics.median(load_of_block), max(load_of_block)
