@@ -82,7 +82,7 @@ class Client:
     def run(self, *arguments: str, **environment: str) -> list[str]:
         """What a person sees, line by line; empty for a quiet success, else with one error line at the end."""
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         lines = (out + err).splitlines()
         log = (self.directory / "job.log").read_text()
         for secret in (TOKEN, "signed-secret"):
@@ -284,7 +284,7 @@ def test_a_killed_download_goes_on_in_the_next_process(locked, pinned):
     locked.hub.faults.append(Fault("slow", shard, 0.2))
     process = locked.start("file", NAME, locked.commit, "mine", shard)
     partial = locked.directory / "mine/.cache/requant" / locked.commit / shard
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while locked.hub.bytes_sent < 150_000:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
@@ -388,10 +388,10 @@ def test_a_truncated_file_ends_in_a_line_and_a_later_whole_one_is_taken(locked, 
 def test_slow_bytes_are_waited_for(locked, pinned):
     """Longer in all than the client waits for any one answer."""
     shard = shard_of(pinned)
-    locked.hub.faults.append(Fault("slow", shard, 0.5))
+    locked.hub.faults.append(Fault("slow", shard, 0.7))
     start = time.monotonic()
-    locked.file(shard, "mine", HF_HUB_DOWNLOAD_TIMEOUT="1")
-    assert time.monotonic() - start > 1.5 and len(locked.hub.gets(shard)) == 1
+    locked.file(shard, "mine", HF_HUB_DOWNLOAD_TIMEOUT="3")
+    assert time.monotonic() - start > 3 and len(locked.hub.gets(shard)) == 1
 
 
 def test_a_file_that_is_gone_from_the_hub_is_named(locked, pinned):
