@@ -15,6 +15,7 @@ with job(snakemake.log[0]):
         snakemake.wildcards.release,
         snakemake.params.model,
         snakemake.params.scheme,
+        snakemake.params.mtp,
         Path(snakemake.input.blocks[0]).parent,
         Path(snakemake.output.config).parent,
         Path(snakemake.output.record),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.errors import RequantError
-from requant.safetensors_io import read_header, read_tensors
+from requant.naming import Place, places
+from requant.safetensors_io import read_header, read_slices, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,17 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> dict[str, str]:
-        """The shard file of each tensor."""
+        """The shard file of each tensor, by the names that requant has for them (see `naming`)."""
+        return {name: self.stored[place.stored] for name, place in self.places.items()}
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor is stored, by its name inside requant. RequantError as `naming.places` raises it."""
+        return places(self.stored, self.config)
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """The shard file of each tensor, by the names in the files."""
         return self.stored_index()
 
     def stored_index(self) -> dict[str, str]:
@@ -65,7 +76,7 @@ class Checkpoint:
     @property
     def shards(self) -> list[str]:
         """File names of the shards, sorted. RequantError if one is a path and not a name in the directory."""
-        names = sorted(set(self.index.values()))
+        names = sorted(set(self.stored.values()))
         for name in names:
             if Path(name).name != name:
                 raise RequantError(f"{self.directory / INDEX}: shard {name!r}; expected a file name without a path")
@@ -77,8 +88,14 @@ class Checkpoint:
         return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
 
     def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
-        """The tensors `names` as they are stored."""
-        return read_tensors(self.directory, self.index, names)
+        """The tensors `names`, as they are stored; those that are stored together in slices of their own."""
+        wanted = {name: self.places.get(name, Place(name)) for name in names}
+        whole = {name: place.stored for name, place in wanted.items() if place.expert is None}
+        tensors = read_tensors(self.directory, self.stored, list(whole.values()))
+        slices = {name: place for name, place in wanted.items() if place.expert is not None}
+        return {name: tensors[stored] for name, stored in whole.items()} | read_slices(
+            self.directory, self.stored, slices
+        )
 
     def tokenizer(self):
         """The checkpoint's tokenizer. RequantError if its files are missing."""

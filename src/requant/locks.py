@@ -7,16 +7,23 @@ from pathlib import Path
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
+from requant.naming import entries
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json, write_json
 from requant.safetensors_io import file_entry, read_header
 
-# The dtype of a source, and the one tensor that DeepSeek checkpoints keep in float32.
-DTYPE, FLOAT32_TENSOR = "BF16", "e_score_correction_bias"
+# The dtype of a source, and the tensors that DeepSeek's code has in float32.
+DTYPE = "BF16"
+FLOAT32_TENSORS = (
+    "e_score_correction_bias",
+    "indexer.k_norm.weight",
+    "indexer.k_norm.bias",
+    "indexer.weights_proj.weight",
+)
 
 
 @cache
 def tensors_of(directory: str) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in `directory`, from the headers of its shards.
+    """Every tensor of the checkpoint in `directory` by its name in the files, from the headers of its shards.
 
     Raises RequantError if a shard is missing or cut short, or if index and headers disagree.
     """
@@ -27,11 +34,11 @@ def tensors_of(directory: str) -> dict[str, TensorEntry]:
         if not path.exists():
             raise RequantError(f"{path}: not there; {INDEX} names it")
         tensors |= read_header(path)
-    for name, shard in checkpoint.index.items():
+    for name, shard in checkpoint.stored.items():
         if name not in tensors or tensors[name].shard != shard:
             found = tensors[name].shard if name in tensors else "no shard"
             raise RequantError(f"{checkpoint.directory}: {name}: found in {found}; {INDEX} says {shard}")
-    if extra := sorted(tensors.keys() - checkpoint.index.keys()):
+    if extra := sorted(tensors.keys() - checkpoint.stored.keys()):
         raise RequantError(f"{checkpoint.directory}: {extra[0]} is in a shard; {INDEX} does not name it")
     return tensors
 
@@ -100,10 +107,10 @@ def source_record(
     """
     files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
     config = Checkpoint(directory).config
-    tensors = lock.tensors if lock else tensors_of(str(directory))
     family(config)
+    tensors = entries(lock.tensors if lock else tensors_of(str(directory)), config)
     for name, entry in sorted(tensors.items()):
-        if entry.dtype != DTYPE and not (entry.dtype == "F32" and name.endswith(FLOAT32_TENSOR)):
+        if entry.dtype != DTYPE and not (entry.dtype == "F32" and name.endswith(FLOAT32_TENSORS)):
             raise RequantError(f"{directory}: {name} is stored in {entry.dtype}; expected a {DTYPE} checkpoint")
     blocks = block_count(config)
     held = {block_of(name, blocks) for name in tensors} - {None}
