@@ -83,7 +83,7 @@ def empty_block(layer: type[nn.Module], config: Any, index: int) -> nn.Module:
 
 
 def _spell_out_mask(block: nn.Module, inputs: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Gives a block that chooses keys by an indexer the mask that other blocks imply: True for keys seen [1, 1, T, T]."""
+    """Gives a block that chooses keys by an indexer the mask that others imply: [1, 1, T, T], True where seen."""
     if kwargs.get("attention_mask") is None:
         hidden = inputs[0] if inputs else kwargs["hidden_states"]
         length = hidden.shape[1]

@@ -14,7 +14,6 @@ from requant.errors import RequantError
 from requant.routing import observe
 from requant.streamed import StreamedModel
 
-
 STACKED = ("deepseek_v32", "mixtral", "qwen3_moe")
 
 
