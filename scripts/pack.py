@@ -15,10 +15,10 @@ with job(snakemake.log[0]):
         snakemake.wildcards.release,
         snakemake.params.model,
         snakemake.params.scheme,
-        snakemake.params.mtp,
         Path(snakemake.input.blocks[0]).parent,
         Path(snakemake.output.config).parent,
         Path(snakemake.output.record),
+        snakemake.params.mtp,
     )
     progress(
         f"{record.release}: {record.bytes / 1e6:.1f} MB in {record.blocks + 1} shards "

@@ -44,7 +44,14 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 
 def pack(
-    source: Path, release: str, model: str, scheme_name: str, mtp: str, blocks_dir: Path, out: Path, out_record: Path
+    source: Path,
+    release: str,
+    model: str,
+    scheme_name: str,
+    blocks_dir: Path,
+    out: Path,
+    out_record: Path,
+    mtp: str = "keep",
 ) -> PackRecord:
     """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors.
 

@@ -88,14 +88,14 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 def test_mixtrals_names_there_and_back():
     config = {"model_type": "mixtral"}
     pairs = {
-        "model.layers.5.block_sparse_moe.gate.weight": "model.layers.5.mlp.gate.weight",
-        "model.layers.5.block_sparse_moe.experts.7.w1.weight": "model.layers.5.mlp.experts.7.gate_proj.weight",
-        "model.layers.5.block_sparse_moe.experts.7.w2.weight_packed": "model.layers.5.mlp.experts.7.down_proj.weight_packed",
-        "model.layers.5.block_sparse_moe.experts.7.w3": "model.layers.5.mlp.experts.7.up_proj",
-        "model.layers.5.self_attn.q_proj.weight": "model.layers.5.self_attn.q_proj.weight",
-        "lm_head.weight": "lm_head.weight",
+        "block_sparse_moe.gate.weight": "mlp.gate.weight",
+        "block_sparse_moe.experts.7.w1.weight": "mlp.experts.7.gate_proj.weight",
+        "block_sparse_moe.experts.7.w2.weight_packed": "mlp.experts.7.down_proj.weight_packed",
+        "block_sparse_moe.experts.7.w3": "mlp.experts.7.up_proj",
+        "self_attn.q_proj.weight": "self_attn.q_proj.weight",
     }
     for stored, name in pairs.items():
+        stored, name = f"model.layers.5.{stored}", f"model.layers.5.{name}"
         assert module_name(stored, config) == name
         assert released_name(name, config) == stored
         assert module_name(stored, {"model_type": "qwen3_moe"}) == stored == released_name(stored, {})

@@ -1,6 +1,5 @@
 """A tiny checkpoint of each family through the whole graph, NVFP4 and W3A16, as its maker would store it."""
 
-
 import pytest
 import tiny
 import yaml
