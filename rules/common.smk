@@ -18,7 +18,7 @@ os.environ |= {
 # Snakemake walks chains recursively: 61 blocks and two releases exceed Python's default.
 sys.setrecursionlimit(20_000)
 
-from requant.architecture import block_count, block_of, expert_counts
+from requant.architecture import block_count, block_of, expert_counts, family
 from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
@@ -27,6 +27,7 @@ from requant.download import HubModel, check_room
 from requant.errors import RequantError
 from requant.imports import modules_of
 from requant.locks import check_stored, load_lock, tensors_of
+from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 
 
@@ -107,14 +108,18 @@ def checkpoint_plan(model):
     """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
     if is_from_hub(model):
         lock = hub_lock(model)
+        or_stop(family, lock.config)
+        or_stop(check_stored, lock_file(model), lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     if (path := lock_file(model)) is not None:
         lock = or_stop(load_lock, path)
+        or_stop(family, lock.config)
         if model != config.get("model"):  # a lock that is made anew may be of other files
             or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
             or_stop(check_stored, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
+    or_stop(family, local.config)
     tensors = or_stop(tensors_of, source_dir(model))
     or_stop(check_stored, source_dir(model), local.config, tensors)
     shard_of = {name: entry.shard for name, entry in tensors.items()}
@@ -352,6 +357,10 @@ def scheme_of_release(wildcards):
     return release_of(wildcards).scheme
 
 
+def mtp_of_release(wildcards):
+    return release_of(wildcards).mtp
+
+
 def keep_patterns(wildcards):
     return release_of(wildcards).keep
 
@@ -467,10 +476,11 @@ def release_provenance():
 
 def expert_pictures(_):
     """The heat map of experts, if a model of the build has any."""
-    plans = [(checkpoint_plan(model_of(wildcards))[1], len(blocks_of(wildcards))) for wildcards in built()]
-    return (
-        ["results/card/experts.png"] if any(expert_counts(names, blocks) for names, blocks in plans) else []
+    plans = [checkpoint_plan(model_of(wildcards)) for wildcards in built()]
+    counts = (
+        expert_counts(or_stop(places, names, model), or_stop(block_count, model)) for model, names, _ in plans
     )
+    return ["results/card/experts.png"] if any(counts) else []
 
 
 def card_templates():

@@ -27,5 +27,6 @@ rule pack:
         source=source_path_of,
         model=model_of,
         scheme=scheme_of_release,
+        mtp=mtp_of_release,
     script:
         "../scripts/pack.py"

@@ -18,6 +18,7 @@ with job(snakemake.log[0]):
         Path(snakemake.input.blocks[0]).parent,
         Path(snakemake.output.config).parent,
         Path(snakemake.output.record),
+        snakemake.params.mtp,
     )
     progress(
         f"{record.release}: {record.bytes / 1e6:.1f} MB in {record.blocks + 1} shards "

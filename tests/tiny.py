@@ -18,25 +18,26 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 
+DEEPSEEK = SIZES | {
+    "moe_intermediate_size": 128,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
+
 FAMILIES = {
-    "deepseek_v3": SIZES
-    | {
-        "moe_intermediate_size": 128,
-        "num_key_value_heads": 4,
-        "n_shared_experts": 1,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 4,
-        "topk_group": 2,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 128,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 32,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-    },
+    "deepseek_v3": DEEPSEEK,
     "qwen3_moe": SIZES
     | {
         "moe_intermediate_size": 128,
@@ -46,6 +47,22 @@ FAMILIES = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
+    "deepseek_v32": DEEPSEEK | {"index_topk": 2048, "index_n_heads": 4, "index_head_dim": 128},
+    "kimi_k2": DEEPSEEK | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
+    "glm4_moe": SIZES
+    | {
+        "moe_intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "n_shared_experts": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+    },
+    "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
     "llama": SIZES | {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
     "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 32},
 }
@@ -78,17 +95,37 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_checkpoint(directory: Path, model_type: str, seed: int = 0, shard_size: str = "400KB", **changes) -> Path:
+def write_checkpoint(
+    directory: Path,
+    model_type: str,
+    seed: int = 0,
+    shard_size: str = "400KB",
+    stacked: bool = False,
+    mtp: bool = False,
+    **changes,
+) -> Path:
     """A random BF16 checkpoint of `model_type` in several shards. Weights are larger than usual, so that every
-    block moves the logits."""
+    block moves the logits.
+
+    stacked: experts in one tensor a block, as transformers holds them. mtp: a layer for multi-token prediction too.
+    """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    from requant.architecture import FAMILIES as CODE
+
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[model_type](**(FAMILIES[model_type] | changes), initializer_range=0.08)
+    config = CONFIG_MAPPING[CODE[model_type]](**(FAMILIES[model_type] | changes), initializer_range=0.08)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, max_shard_size=shard_size)
+    model.save_pretrained(directory, max_shard_size=shard_size, save_original_format=not stacked)
+    if model_type == "kimi_k2":  # as its maker publishes it
+        edit_config(directory, model_type="kimi_k2", auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"})
+    if mtp:
+        add_mtp(directory, config.num_hidden_layers)
     write_tokenizer(directory)
     return directory
 
@@ -153,3 +190,31 @@ def write_fp8(source: Path, directory: Path, decoded: Path | None = None) -> Pat
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
         (folder / "config.json").write_text(json.dumps(its_config))
     return directory
+
+
+def edit_config(directory: Path, **changes) -> None:
+    """Changes keys of config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def add_mtp(directory: Path, blocks: int) -> None:
+    """Adds a layer for multi-token prediction behind the blocks, in a shard of its own: the last block's tensors and
+    those that such a layer has besides."""
+    from safetensors.torch import load_file, save_file
+
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    tensors = {}
+    for shard in sorted(set(index["weight_map"].values())):
+        tensors |= load_file(directory / shard)
+    last, behind = f"model.layers.{blocks - 1}.", f"model.layers.{blocks}."
+    layer = {behind + name.removeprefix(last): tensor for name, tensor in tensors.items() if name.startswith(last)}
+    norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"]
+    projection = head[: len(norm)].repeat(1, 2).clone()
+    layer |= {f"{behind}{name}.weight": norm.clone() for name in ("enorm", "hnorm", "shared_head.norm")}
+    layer |= {f"{behind}eh_proj.weight": projection, f"{behind}shared_head.head.weight": head.clone()}
+    save_file(layer, directory / "mtp.safetensors", metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(layer, "mtp.safetensors")
+    path.write_text(json.dumps(index))
+    edit_config(directory, num_nextn_predict_layers=1)

@@ -5,7 +5,17 @@ from typing import Any
 
 from requant.errors import RequantError
 
-FAMILIES = ("deepseek_v3", "llama", "qwen3", "qwen3_moe")
+# The families that requant builds, by `model_type`, with the model_type of the transformers code that runs them.
+FAMILIES = {
+    "deepseek_v3": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
+    "glm4_moe": "glm4_moe",
+    "kimi_k2": "deepseek_v3",
+    "llama": "llama",
+    "mixtral": "mixtral",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+}
 
 BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -14,16 +24,26 @@ EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|do
 # (vLLM and sglang: QKVParallelLinear, MergedColumnParallelLinear, fused_qkv_a_proj of MLA, fused MoE w13.)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
 
-# Linears that stay in BF16 in every public release: they choose experts or keys, and cost next to nothing.
-ALWAYS_KEPT = {r"\.mlp\.gate$": "router", r"\.indexer\.weights_proj$": "sparse-attention indexer"}
+# Linears that stay in BF16: they choose experts or keys, and cost next to nothing. vLLM and sglang make one BF16
+# product of the indexer's wk and weights_proj.
+ALWAYS_KEPT = {r"\.mlp\.gate$": "router", r"\.indexer\.(wk|weights_proj)$": "sparse-attention indexer"}
+
+# Linears that choose keys and give the block's output no gradient: they are rounded, not tuned.
+NEVER_TUNED = re.compile(r"\.indexer\.")
 
 
 def family(config: dict[str, Any]) -> str:
-    """The `model_type` of a config. RequantError, with the list of known ones, if requant can't build its blocks."""
+    """The `model_type` of the transformers code for a config.
+
+    RequantError, with the list of known ones, if requant can't build its blocks.
+    """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise RequantError(f"config.json: model_type: {model_type!r}; known families: {', '.join(FAMILIES)}")
-    return model_type
+        classes = "".join(f" ({name})" for name in config.get("architectures") or [])
+        raise RequantError(
+            f"config.json: model_type: {model_type!r}{classes} is unknown; known families: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
 
 
 def block_count(config: dict[str, Any]) -> int:

@@ -8,13 +8,17 @@ from torch import nn
 from requant.architecture import family
 from requant.errors import RequantError
 
+# Keys of config.json that are not of the model: how files store it, and code that comes with them.
+NOT_FOR_TRANSFORMERS = ("quantization_config", "auto_map")
+
 
 def model_config(config: dict[str, Any]):
     """The transformers config object of a config.json, without its quantization_config."""
     from transformers import CONFIG_MAPPING
 
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return CONFIG_MAPPING[family(config)].from_dict(plain)
+    model_type = family(config)
+    plain = {key: value for key, value in config.items() if key not in NOT_FOR_TRANSFORMERS}
+    return CONFIG_MAPPING[model_type].from_dict(plain | {"model_type": model_type})
 
 
 def empty_model(config: dict[str, Any]) -> nn.Module:
@@ -69,11 +73,23 @@ def split_experts(block: nn.Module) -> None:
 
 
 def empty_block(layer: type[nn.Module], config: Any, index: int) -> nn.Module:
-    """Block `index` of class `layer` on the meta device, experts split."""
+    """Block `index` of class `layer` on the meta device, experts split. Called without a mask, it is causal."""
     with torch.device("meta"):
         block = layer(config, index).to(torch.bfloat16)
     split_experts(block)
+    if hasattr(config, "index_topk"):
+        block.register_forward_pre_hook(_spell_out_mask, with_kwargs=True)
     return block
+
+
+def _spell_out_mask(block: nn.Module, inputs: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Gives a block that chooses keys by an indexer the mask that others imply: [1, 1, T, T], True where seen."""
+    if kwargs.get("attention_mask") is None:
+        hidden = inputs[0] if inputs else kwargs["hidden_states"]
+        length = hidden.shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=hidden.device).tril()
+        kwargs = kwargs | {"attention_mask": mask}
+    return inputs, kwargs
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:

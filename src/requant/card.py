@@ -230,7 +230,8 @@ def _treated(facts: ReleaseFacts) -> dict[str, list[str]]:
     counts: Counter[tuple[str, str]] = Counter()
     for block in facts.blocks:
         for name, shape in block.quantized.items():
-            counts[linear_pattern(name), f"in {block.scheme}, {' × '.join(map(str, shape))}"] += 1
+            tuned = ": rounded, not tuned" if name in block.never_tuned else ""
+            counts[linear_pattern(name), f"in {block.scheme}, {' × '.join(map(str, shape))}{tuned}"] += 1
         for name, reason in block.kept.items():
             counts[linear_pattern(name), f"in BF16: {reason}"] += 1
     treated: dict[str, list[str]] = {}

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from requant import fp8
 from requant.errors import RequantError
-from requant.safetensors_io import read_header
+from requant.naming import Place, places
+from requant.safetensors_io import read_header, read_slices
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,16 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> dict[str, str]:
-        """The shard file of each tensor that the model has: the factors of FP8 weights are left out."""
-        return fp8.without_scales(self.stored)
+        """The shard file of each tensor that the model has, by the names that requant has for them (see `naming`)."""
+        return {name: self.stored[place.stored] for name, place in self.places.items()}
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor is stored, by its name inside requant; factors of FP8 weights have no place of their own.
+
+        Raises RequantError as `naming.places` does.
+        """
+        return places(fp8.without_scales(self.stored), self.config)
 
     @cached_property
     def stored(self) -> dict[str, str]:
@@ -83,8 +92,14 @@ class Checkpoint:
         return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
 
     def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
-        """The tensors `names`: weights in FP8 decoded to BF16, others as they are stored."""
-        return fp8.read(self.directory, self.stored, names, self.config)
+        """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one."""
+        wanted = {name: self.places.get(name, Place(name)) for name in names}
+        whole = {name: place.stored for name, place in wanted.items() if place.expert is None}
+        tensors = fp8.read(self.directory, self.stored, list(whole.values()), self.config)
+        slices = {name: place for name, place in wanted.items() if place.expert is not None}
+        return {name: tensors[stored] for name, stored in whole.items()} | read_slices(
+            self.directory, self.stored, slices
+        )
 
     def tokenizer(self):
         """The checkpoint's tokenizer. RequantError if its files are missing."""

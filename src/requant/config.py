@@ -193,7 +193,12 @@ class Release(Section):
     scheme: Literal[tuple(SCHEMES)] = Field(description="number format")
     calibration: str = Field("default", description="tokens to tune on: a name in `calibrations`")
     tuning: Tuning = Tuning()
-    keep: list[str] = Field([], description="regular expressions of Linear names that stay in BF16")
+    keep: list[str] = Field(
+        [], description="regular expressions of Linear names that stay in BF16, names as in transformers"
+    )
+    mtp: Literal["keep", "drop"] = Field(
+        "keep", description="layers for multi-token prediction: keep them in BF16, or leave them out"
+    )
     verify: Verify = Verify()
     deploy: Deploy = Deploy()
     benchmark: str = Field("default", description="what to measure: a name in `benchmarks`")

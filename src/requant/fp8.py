@@ -122,9 +122,9 @@ def read(
 
     scales = [name + SCALE_SUFFIX for name in names if name + SCALE_SUFFIX in shard_of]
     tensors = read_tensors(directory, shard_of, [*names, *scales])
-    size = block_size(config)
     for name in names:
         if tensors[name].dtype == torch.float8_e4m3fn:
+            size = block_size(config)
             if size is None or name + SCALE_SUFFIX not in tensors:
                 raise RequantError(
                     f"{directory}: {name} is stored in {DTYPE}; expected {name}{SCALE_SUFFIX} beside it "

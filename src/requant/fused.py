@@ -157,12 +157,14 @@ def short_attention(module, query, key, value, attention_mask, scaling=None, **k
 
 @contextmanager
 def attention_chosen(block: nn.Module, device: torch.device, length: int) -> Iterator[None]:
-    """Lets the attention of `block` over `length` tokens run as `short_attention`, on a CPU if its scores are few."""
+    """Lets the attention of `block` over `length` tokens run as `short_attention`: on a CPU, if its scores are few and
+    it sees all of its keys."""
     from transformers import AttentionInterface
 
     configs = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
-    if device.type == "cpu" and length <= LONGEST_SHORT:
+    every_key = all(length <= getattr(config, "index_topk", length) for config in configs.values())
+    if device.type == "cpu" and length <= LONGEST_SHORT and every_key:
         AttentionInterface.register("requant_short", short_attention)
         for config in configs.values():
             config._attn_implementation = "requant_short"

@@ -10,16 +10,23 @@ from requant import fp8
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
+from requant.naming import entries
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json
 from requant.safetensors_io import file_entry, read_header
 
-# The dtype of what is not in FP8, and the one tensor that DeepSeek checkpoints keep in float32.
-DTYPE, FLOAT32_TENSOR = "BF16", "e_score_correction_bias"
+# The dtype of what is not in FP8, and the tensors that DeepSeek's code has in float32.
+DTYPE = "BF16"
+FLOAT32_TENSORS = (
+    "e_score_correction_bias",
+    "indexer.k_norm.weight",
+    "indexer.k_norm.bias",
+    "indexer.weights_proj.weight",
+)
 
 
 @cache
 def tensors_of(directory: str) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in `directory`, from the headers of its shards.
+    """Every tensor of the checkpoint in `directory` by its name in the files, from the headers of its shards.
 
     Raises RequantError if a shard is missing or cut short, or if index and headers disagree.
     """
@@ -111,7 +118,7 @@ def source_record(
     stored = lock.tensors if lock else tensors_of(str(directory))
     family(config)
     check_stored(directory, config, stored)
-    tensors = fp8.without_scales(stored)
+    tensors = entries(fp8.without_scales(stored), config)
     blocks = block_count(config)
     held = {block_of(name, blocks) for name in tensors} - {None}
     if missing := sorted(set(range(blocks)) - held):
@@ -151,7 +158,7 @@ def check_stored(directory: str | Path, config: dict[str, Any], tensors: dict[st
     except RequantError as error:
         raise RequantError(f"{directory}: {error}") from None
     for name, entry in fp8.without_scales(tensors).items():
-        allowed = (DTYPE, fp8.DTYPE, "F32") if name.endswith(FLOAT32_TENSOR) else (DTYPE, fp8.DTYPE)
+        allowed = (DTYPE, fp8.DTYPE, "F32") if name.endswith(FLOAT32_TENSORS) else (DTYPE, fp8.DTYPE)
         if entry.dtype not in allowed:
             raise RequantError(
                 f"{directory}: {name} is stored in {entry.dtype}; expected {DTYPE}, or {fp8.DTYPE} with its factors"

@@ -39,23 +39,24 @@ class PackedCheckpoint(Checkpoint):
     @cached_property
     def quantized(self) -> list[str]:
         """Source names of the quantized weights, sorted."""
-        packed = (name for name in self.stored if name.endswith(".weight_packed"))
+        packed = (name for name in self.places if name.endswith(".weight_packed"))
         return sorted(name.removesuffix("_packed") for name in packed)
 
     @cached_property
     def index(self) -> dict[str, str]:
         """The shard of each tensor by its source name."""
-        plain = {name: shard for name, shard in self.stored.items() if name.rpartition(".")[2] not in PARTS}
-        return plain | {name: self.stored[f"{name}_packed"] for name in self.quantized}
+        shards = {name: self.stored[place.stored] for name, place in self.places.items()}
+        plain = {name: shard for name, shard in shards.items() if name.rpartition(".")[2] not in PARTS}
+        return plain | {name: shards[f"{name}_packed"] for name in self.quantized}
 
     def parts(self, weight: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a quantized weight, by the last part of their names."""
         from requant.safetensors_io import read_tensors
 
         module = weight.removesuffix(".weight")
-        names = [f"{module}.{part}" for part in PARTS if f"{module}.{part}" in self.stored]
-        tensors = read_tensors(self.directory, self.stored, names)
-        return {name.rpartition(".")[2]: tensor for name, tensor in tensors.items()}
+        stored = {part: self.places[f"{module}.{part}"].stored for part in PARTS if f"{module}.{part}" in self.places}
+        tensors = read_tensors(self.directory, self.stored, list(stored.values()))
+        return {part: tensors[name] for part, name in stored.items()}
 
     def decoded(self, weight: str) -> np.ndarray:
         """float32 [out, in]: a quantized weight, decoded. RequantError naming it if its parts don't fit."""
@@ -66,11 +67,8 @@ class PackedCheckpoint(Checkpoint):
 
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         """The tensors `names` (source names): quantized ones decoded to BF16, the others as stored."""
-        from requant.safetensors_io import read_tensors
-
         quantized = set(self.quantized)
-        plain = [name for name in names if name not in quantized]
-        tensors = read_tensors(self.directory, self.stored, plain)
+        tensors = super().read([name for name in names if name not in quantized])
         for name in names:
             if name in quantized:
                 tensors[name] = torch.from_numpy(self.decoded(name)).to(torch.bfloat16)
@@ -114,6 +112,7 @@ def write_decoded(packed_dir: str | Path, out_dir: str | Path) -> None:
     import shutil
 
     from requant.checkpoint import INDEX
+    from requant.naming import released_name
     from requant.records import write_text
     from requant.safetensors_io import save
 
@@ -123,10 +122,11 @@ def write_decoded(packed_dir: str | Path, out_dir: str | Path) -> None:
     for shard in packed.shards:
         tensors = packed.read(sorted(name for name, file in packed.index.items() if file == shard))
         sizes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        save(out / shard, tensors)
+        save(out / shard, {released_name(name, packed.config): tensor for name, tensor in tensors.items()})
+    weight_map = {released_name(name, packed.config): shard for name, shard in sorted(packed.index.items())}
     config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
     write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    index = {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(packed.index.items()))}
+    index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     for name in packed.carried_files:
         shutil.copyfile(packed.directory / name, out / name)

@@ -9,13 +9,16 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from requant import fp8
-from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, is_drafting
+from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, family, is_drafting
+from requant.blocks import NOT_FOR_TRANSFORMERS
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.locks import elements, shared_experts, tensors_of
+from requant.naming import entries, module_name, released_name
 from requant.records import BlockRecord, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, file_entry, read_header, save
 from requant.schemes import SCHEMES
@@ -42,9 +45,19 @@ def link_or_copy(source: Path, target: Path) -> bool:
 
 
 def pack(
-    source: Path, release: str, model: str, scheme_name: str, blocks_dir: Path, out: Path, out_record: Path
+    source: Path,
+    release: str,
+    model: str,
+    scheme_name: str,
+    blocks_dir: Path,
+    out: Path,
+    out_record: Path,
+    mtp: str = "keep",
 ) -> PackRecord:
-    """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors."""
+    """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors.
+
+    mtp: `drop` leaves out the tensors of multi-token prediction, and config.json says so.
+    """
     start = time.monotonic()
     checkpoint, scheme = Checkpoint(source), SCHEMES[scheme_name]
     blocks = checkpoint.config["num_hidden_layers"]
@@ -54,8 +67,11 @@ def pack(
         link_or_copy(blocks_dir / f"{block}.safetensors", out / shard_name(block + 1, blocks))
         for block in range(blocks)
     ]
-    rest = sorted(name for name in checkpoint.index if block_of(name, blocks) is None)
-    save(out / shard_name(blocks + 1, blocks), checkpoint.read(rest))
+    drafting = {name for name in checkpoint.index if is_drafting(name, blocks)}
+    dropped = drafting if mtp == "drop" else set()
+    rest = sorted(name for name in checkpoint.index.keys() - dropped if block_of(name, blocks) is None)
+    outer = {released_name(name, checkpoint.config): tensor for name, tensor in checkpoint.read(rest).items()}
+    save(out / shard_name(blocks + 1, blocks), outer)
 
     stored: dict[str, TensorEntry] = {}
     for number in range(1, blocks + 2):
@@ -64,19 +80,21 @@ def pack(
     sizes = sum(_bytes(entry) for entry in stored.values())
     index = {"metadata": {"total_size": sizes}, "weight_map": {name: stored[name].shard for name in sorted(stored)}}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
-    matrices = {name.removesuffix(".weight") for name in rest if len(stored[name].shape) == 2 and "embed" not in name}
-    kept = sorted(
-        {"lm_head"} | matrices | {name for record in records for name in record.kept} | routers(checkpoint.index)
-    )
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    config["quantization_config"] = quantization_config(scheme, kept)
+    matrices = {name.removesuffix(".weight") for name in outer if outer[name].dim() == 2 and "embed" not in name}
+    kept = {name for record in records for name in record.kept} | routers(checkpoint.index.keys() - dropped)
+    ignored = sorted({"lm_head"} | matrices | {released_name(name, checkpoint.config) for name in kept})
+    config = release_config(checkpoint.config) | {"quantization_config": quantization_config(scheme, ignored)}
+    if dropped:
+        config["num_nextn_predict_layers"] = 0
     write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in checkpoint.carried_files:
         with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
             shutil.copyfile(checkpoint.directory / name, partial)
 
-    tensors = fp8.without_scales(tensors_of(str(source)))
-    counted = _count(release, model, scheme.name, checkpoint, tensors, stored, quantized)
+    tensors = entries(fp8.without_scales(tensors_of(str(source))), checkpoint.config)
+    tensors = {name: entry for name, entry in tensors.items() if name not in dropped}
+    packed = {module_name(name, checkpoint.config): entry for name, entry in stored.items()}
+    counted = _count(release, model, scheme.name, checkpoint, tensors, packed, quantized)
     names = ["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))]
     remove_strangers(out, names)
     record = PackRecord(
@@ -84,11 +102,20 @@ def pack(
         files={name: file_entry(out / name) for name in sorted(names)},
         bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
         source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
+        multi_token_prediction="none" if not drafting else "dropped" if dropped else "kept",
         hard_linked=all(linked),
         seconds=time.monotonic() - start,
     )
     write_json(out_record, record)
     return record
+
+
+def release_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a model without what does not hold for a release: how the source is stored, and code that
+    comes with the source. Its model_type is one that transformers has code for."""
+    return {key: value for key, value in config.items() if key not in NOT_FOR_TRANSFORMERS} | {
+        "model_type": family(config)
+    }
 
 
 def remove_strangers(out: Path, names: list[str]) -> None:
@@ -116,7 +143,7 @@ def _count(
     stored: dict[str, TensorEntry],
     quantized: set[str],
 ) -> dict:
-    """The figures of a PackRecord that are counted from tensors."""
+    """The figures of a PackRecord that are counted from tensors, all by their names inside requant."""
     config = checkpoint.config
     blocks = config["num_hidden_layers"]
     if missing := sorted(quantized - source.keys()):

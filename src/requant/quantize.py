@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from requant import __version__, autoround, fused, nvfp4
-from requant.architecture import ALWAYS_KEPT, expert_counts, fused_groups
+from requant.architecture import ALWAYS_KEPT, NEVER_TUNED, expert_counts, fused_groups
 from requant.blocks import empty_block, fill
 from requant.chain import load_masks
 from requant.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight, encode, plain_rounding
 from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
+from requant.naming import released_name
 from requant.packed import PARTS, decode_parts, input_rounder
 from requant.records import BlockRecord, write_json
 from requant.routing import Observation, observe
@@ -58,7 +59,7 @@ def block_seed(seed: int, release: str, block: int) -> int:
 
 
 def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(Linears of `block` to quantize, Linears left in BF16 with the reason each), names as in the checkpoint.
+    """(Linears of `block` to quantize, Linears left in BF16 with the reason each), names as `naming` has them.
 
     `prefix` is put before names in the block. A Linear is kept if it is a router, if a pattern of `keep` is found in
     its name, or if its width is no multiple of the scheme's group.
@@ -108,7 +109,7 @@ def input_peaks(linears: list[str], prefix: str, seen: dict[str, torch.Tensor]) 
 class Prepared:
     """A block ready to be tuned, its Linears with `weight_global_scale` and `act_max` where the scheme has them.
 
-    linears: to quantize, names as in the checkpoint; kept: left in BF16, with the reason. tensor_scales and peaks:
+    linears: to quantize, names as `naming` has them; kept: left in BF16, with the reason. tensor_scales and peaks:
     those two values, by Linear. seen: the block's pass over its inputs.
     """
 
@@ -159,23 +160,23 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     progress(
         f"{job.release} block {job.block} (of {model.blocks}): {len(linears)} Linears, {job.tuning.iters} iterations"
     )
+    scales = prepared.tensor_scales
+    rounded = [name for name in linears if NEVER_TUNED.search(name) or not job.tuning.iters]
+    weights = {name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme) for name in rounded}
+    losses, best = [], 0
     if job.tuning.iters:
-        named = [name.removeprefix(prefix) for name in linears]
+        named = [name.removeprefix(prefix) for name in linears if name not in weights]
         positions = model.positions(hidden.shape[1])
         what = (hidden, targets, mask, positions, scheme, job.tuning, seed, _reporter(job, model.blocks))
         if job.tuning.engine == "fused":
             tuned = fused.tune(block, named, *what)
         else:
             tuned = autoround.tune(block, model.config, str(job.source), named, *what)
-        weights = {prefix + name: weight for name, weight in tuned.weights.items()}
+        weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
         losses, best = tuned.losses, tuned.kept
-    else:
-        scales = prepared.tensor_scales
-        weights = {name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme) for name in linears}
-        losses, best = [], 0
 
     tensors = packed_tensors(source, weights, peaks, scheme)
-    save(out_block, tensors)
+    save(out_block, {released_name(name, model.checkpoint.config): tensor for name, tensor in tensors.items()})
     shipped = shipped_block(model, job.block, tensors, linears, scheme)
     output = observe(model, shipped, hidden, mask).output
     if not losses:
@@ -198,6 +199,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         losses=losses,
         quantized={f"{name}.weight": list(source[f"{name}.weight"].shape) for name in linears},
         kept=prepared.kept,
+        never_tuned=[f"{name}.weight" for name in linears if NEVER_TUNED.search(name)],
         shared_global_scale=fused_groups([f"{name}.weight" for name in linears]) if scheme.is_nvfp4 else [],
         tokens_per_expert=seen.tokens_per_expert,
         never_reached=[expert for expert, count in enumerate(seen.tokens_per_expert) if count == 0],

@@ -132,6 +132,9 @@ class BlockRecord(Record):
     losses: list[float] = Field(description="minibatch loss at each iteration")
     quantized: dict[str, list[int]] = Field(description="quantized weights and their shapes [out, in]")
     kept: dict[str, str] = Field(description="Linears left in BF16, each with the reason")
+    never_tuned: list[str] = Field(
+        [], description="weights that give the block's output no gradient: quantized by plain rounding"
+    )
     shared_global_scale: list[list[str]] = Field(description="groups of weights that have one global scale (NVFP4)")
     tokens_per_expert: list[int]
     never_reached: list[int] = Field(description="experts that no calibration token reached: rounded, not tuned")
@@ -165,6 +168,9 @@ class PackRecord(Record):
     experts_per_token: int
     activated_parameters: int = Field(
         description="used for one token: all but experts that are not chosen, and multi-token prediction"
+    )
+    multi_token_prediction: Literal["none", "kept", "dropped"] = Field(
+        "none", description="the layers stored behind the blocks: kept in BF16, or left out of the release"
     )
     hard_linked: bool = Field(description="shards share their bytes with blocks/")
     seconds: float

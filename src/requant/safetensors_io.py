@@ -13,6 +13,8 @@ from requant.whole import written_whole
 if TYPE_CHECKING:
     import torch
 
+    from requant.naming import Place
+
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 DTYPE_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -83,6 +85,29 @@ def read_tensors(directory: str | Path, shard_of: dict[str, str], names: list[st
     for shard, members in sorted(wanted.items()):
         with safe_open(Path(directory) / shard, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in members}
+    return tensors
+
+
+def read_slices(
+    directory: str | Path, shard_of: dict[str, str], slices: dict[str, "Place"]
+) -> dict[str, "torch.Tensor"]:
+    """Some experts' rows [rows, columns] of stacked tensors [experts, parts x rows, columns], by the names of `slices`.
+
+    No more than those rows is read.
+    """
+    from safetensors import safe_open
+
+    wanted: dict[str, list[str]] = {}
+    for name, place in slices.items():
+        wanted.setdefault(shard_of[place.stored], []).append(name)
+    tensors = {}
+    for shard, members in sorted(wanted.items()):
+        with safe_open(Path(directory) / shard, framework="pt") as file:
+            for name in members:
+                place = slices[name]
+                stacked = file.get_slice(place.stored)
+                rows = stacked.get_shape()[1] // place.parts
+                tensors[name] = stacked[place.expert, place.part * rows : (place.part + 1) * rows]
     return tensors
 
 

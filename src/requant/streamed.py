@@ -12,6 +12,7 @@ from torch import nn
 from requant.architecture import block_count, block_of
 from requant.blocks import empty_block, empty_model, fill
 from requant.checkpoint import Checkpoint
+from requant.errors import RequantError
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -61,6 +62,7 @@ class StreamedModel:
     def run(self, block: nn.Module, hidden: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
         """The block's output for hidden states [n, T, width], `batch_size` samples at a time, causal."""
         output = torch.empty_like(hidden)
+        self._check_length(hidden.shape[1])
         positions = self.positions(hidden.shape[1])
         for start in range(0, len(hidden), batch_size):
             batch = hidden[start : start + batch_size]
@@ -106,6 +108,14 @@ class StreamedModel:
         fill(model.model.embed_tokens, {"weight": tensors[EMBEDDING]}, "embedding")
         fill(model.lm_head, {"weight": tensors[self._head_name()]}, "head")
         return model.eval()
+
+    def _check_length(self, length: int) -> None:
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and length > window:
+            raise RequantError(
+                f"{self.checkpoint.directory}/config.json: sliding_window: {window}; samples have {length} tokens: "
+                "blocks are run with full attention; expected samples no longer than the window"
+            )
 
     def _head_name(self) -> str:
         return HEAD if HEAD in self.checkpoint.index else EMBEDDING

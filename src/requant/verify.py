@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from requant import int_pack, nvfp4
-from requant.architecture import block_count, block_of, fused_groups
+from requant.architecture import block_count, block_of, fused_groups, is_drafting
 from requant.checkpoint import Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
@@ -69,14 +69,14 @@ def verify(
     start = time.monotonic()
     original, packed = Checkpoint(source), PackedCheckpoint(packed_dir)
     scheme, blocks = packed.scheme, block_count(original.config)
-    account(original, packed)
+    dropped = account(original, packed, blocks)
     quantized = set(packed.quantized)
     checks: dict[str, TensorCheck] = {}
     unchanged = 0
     scales: dict[str, float] = {}
     chosen = set(sorted(quantized)[:: max(1, len(quantized) // samples)][:samples])
     for block in [*range(blocks), None]:
-        names = sorted(name for name in original.index if block_of(name, blocks) == block)
+        names = sorted(name for name in original.index.keys() - dropped if block_of(name, blocks) == block)
         for name in names:
             tensor = original.read([name])[name]
             if name in quantized:
@@ -117,17 +117,24 @@ def verify(
     return record
 
 
-def account(original: Checkpoint, packed: PackedCheckpoint) -> None:
-    """Raises RequantError unless every tensor of the source stands once in the release, and nothing else does."""
+def account(original: Checkpoint, packed: PackedCheckpoint, blocks: int) -> set[str]:
+    """Raises RequantError unless every tensor of the source stands once in the release, and nothing else does.
+
+    Tensors of multi-token prediction may all be left out, if config.json says so: they are returned.
+    """
     if not packed.quantized:
         raise RequantError(f"{packed.directory}: no quantized tensor; expected Linears in {packed.scheme.name}")
-    both = [name for name in packed.quantized if name in packed.stored]
+    both = [name for name in packed.quantized if name in packed.places]
     if both:
         raise RequantError(f"{packed.directory}: {both[0]} stands there twice, quantized and as it is; expected once")
-    if missing := sorted(original.index.keys() - packed.index.keys()):
+    drafting = {name for name in original.index if is_drafting(name, blocks)}
+    left_out = packed.config.get("num_nextn_predict_layers") == 0 and drafting.isdisjoint(packed.index)
+    dropped = drafting if left_out else set()
+    if missing := sorted(original.index.keys() - packed.index.keys() - dropped):
         raise RequantError(f"{packed.directory}: {missing[0]} is missing; the source has it")
     if extra := sorted(packed.index.keys() - original.index.keys()):
         raise RequantError(f"{packed.directory}: {extra[0]} is there; the source has no such tensor")
+    return dropped
 
 
 def check_weight(

@@ -1,5 +1,8 @@
 """A block built by requant gives what the same block gives inside the whole transformers model."""
 
+import json
+import shutil
+
 import pytest
 import tiny
 import torch
@@ -11,10 +14,13 @@ from requant.errors import RequantError
 from requant.routing import observe
 from requant.streamed import StreamedModel
 
+STACKED = ("deepseek_v32", "mixtral", "qwen3_moe")
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+
+@pytest.fixture(scope="module", params=[*tiny.FAMILIES, *(f"{family} stacked" for family in STACKED)])
 def source(request, tmp_path_factory):
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("blocks") / request.param, request.param)
+    family, _, stacked = request.param.partition(" ")
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("blocks") / family, family, stacked=bool(stacked))
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +29,11 @@ def tokens():
 
 
 def whole(source):
+    """The transformers model. Kimi-K2's files name code that transformers has under the name of DeepSeek-V3."""
+    config = json.loads((source / "config.json").read_text())
+    if config["model_type"] == "kimi_k2":
+        source = shutil.copytree(source, source.with_name("deepseek"), dirs_exist_ok=True)
+        tiny.edit_config(source, model_type="deepseek_v3", auto_map={})
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, experts_implementation="eager").eval()
 
 
@@ -47,6 +58,25 @@ def test_every_block_gives_the_whole_models_hidden_states(source, tokens):
 def test_the_assembled_model_is_the_streamed_one(source, tokens):
     streamed = StreamedModel(Checkpoint(source))
     assert torch.equal(streamed.whole()(tokens).logits.float(), streamed.logits_of(tokens))
+
+
+@torch.no_grad()
+def test_a_block_chooses_its_keys_where_it_does_not_see_all(tmp_path, tokens):
+    """DeepSeek-V3.2 over more tokens than its indexer chooses: the whole model's choice, and not all keys."""
+    source = tiny.write_checkpoint(tmp_path / "few", "deepseek_v32", index_topk=8, num_hidden_layers=1)
+    sparse = StreamedModel(Checkpoint(source))
+    found, wanted = sparse.logits_of(tokens), whole(source)(tokens).logits.float()
+    assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
+    tiny.edit_config(source, index_topk=2048)
+    dense = StreamedModel(Checkpoint(source)).logits_of(tokens)
+    assert torch.equal(found[:, :8], dense[:, :8])
+    assert (found - dense)[:, 8:].abs().max() > 0.1 * wanted.abs().max()
+
+
+def test_samples_longer_than_a_sliding_window_are_refused(tmp_path, tokens):
+    source = tiny.write_checkpoint(tmp_path / "window", "mixtral", num_hidden_layers=1, sliding_window=32)
+    with pytest.raises(RequantError, match="sliding_window: 32; samples have 40 tokens"):
+        StreamedModel(Checkpoint(source)).logits_of(tokens)
 
 
 def test_padding_changes_nothing_and_is_not_counted(source, tokens):

@@ -54,7 +54,7 @@ def test_losses_follow_auto_rounds(family, scheme):
     near a tie go to other experts than in the model itself: curves of random MoE blocks part a little."""
     it = case(family, samples=32, tokens=64)
     ours, theirs = (tuned(it, scheme, engine, batch_size=8) for engine in ("fused", "auto_round"))
-    routed = "moe" in family or family == "deepseek_v3"
+    routed = family not in ("llama", "qwen3")
     assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=0.03 if routed else 0.005)
     for window in (slice(0, 10), slice(10, 20)):
         assert sum(ours.losses[window]) == pytest.approx(sum(theirs.losses[window]), rel=0.05 if routed else 0.02)

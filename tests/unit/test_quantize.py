@@ -234,6 +234,30 @@ def test_biases_are_kept_beside_packed_weights(tmp_path):
     assert torch.equal(load_file(tmp_path / "b.safetensors")[name], Checkpoint(source).read([name])[name])
 
 
+@pytest.mark.parametrize("engine", ["fused", "auto_round"])
+def test_an_indexer_is_rounded_and_the_record_says_so(engine, tmp_path):
+    """What chooses keys gives the output no gradient: its wq_b is rounded to nearest, wk and weights_proj are kept."""
+    source = tiny.write_checkpoint(tmp_path / "v32", "deepseek_v32", num_hidden_layers=1, first_k_dense_replace=1)
+    tokens = torch.randint(3, 320, (8, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ones = torch.ones(8, 16, dtype=torch.uint8)
+    sets = {"calibration": tokens, "heldout": tokens.clone(), "calibration_mask": ones, "heldout_mask": ones.clone()}
+    save(tmp_path / "tokens.safetensors", sets)
+    embed(source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors")
+    before, after = tmp_path / "embedded.safetensors", tmp_path / "hidden_0.safetensors"
+    run_reference_block(source, tmp_path / "tokens.safetensors", before, 0, after, tmp_path / "routing.json", "m", "c")
+    folder = SimpleNamespace(folder=tmp_path, source=source)
+    found = {}
+    for iters in (3, 0):
+        record = run(job(folder, block=0, tuning={"iters": iters, "engine": engine, "best_mse": False}), tmp_path)
+        found[iters] = load_file(tmp_path / "b.safetensors")
+        assert record.never_tuned == ["model.layers.0.self_attn.indexer.wq_b.weight"]
+        kept = {name.rpartition(".")[2] for name in record.kept}
+        assert kept == {"wk", "weights_proj"}
+    codes = {name for name in found[3] if name.endswith("weight_packed")}
+    same = {name for name in codes if torch.equal(found[3][name], found[0][name])}
+    assert same == {"model.layers.0.self_attn.indexer.wq_b.weight_packed"}
+
+
 def test_seeds_differ_by_release_and_block():
     seeds = {block_seed(42, release, block) for release in ("a", "b") for block in range(50)}
     assert len(seeds) == 100

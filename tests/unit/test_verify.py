@@ -8,19 +8,21 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from requant.checkpoint import Checkpoint
+from requant.checkpoint import INDEX, Checkpoint
 from requant.config import VERIFY_DEFAULTS, Tuning
 from requant.errors import RequantError
 from requant.packed import PackedCheckpoint, write_decoded
 from requant.packing import link_or_copy, pack
 from requant.quantize import BlockJob, quantize_block
+from requant.records import PackRecord, read_json
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 from requant.verify import compare, verify
 
 
-def make_release(folder: Path, source: Path, scheme: str) -> Path:
+def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep") -> Path:
     """A packed release of plainly rounded blocks: no calibration chain is needed to check verification."""
     tokens = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     ones = torch.ones(4, 16, dtype=torch.uint8)
@@ -49,7 +51,7 @@ def make_release(folder: Path, source: Path, scheme: str) -> Path:
         quantize_block(
             job, folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json", folder / "next.safetensors"
         )
-    pack(source, "r", "m", scheme, folder / "blocks", folder / "model", folder / "pack.json")
+    pack(source, "r", "m", scheme, folder / "blocks", folder / "model", folder / "pack.json", mtp)
     return folder
 
 
@@ -245,3 +247,73 @@ def test_compare_gives_the_textbook_figures():
     assert cosine == pytest.approx(7 / (3 * 6**0.5))
     assert relative == pytest.approx(1 / 5)
     assert sqnr == pytest.approx(10 * np.log10(9.0))
+
+
+@pytest.mark.parametrize(
+    ("family", "stacked"), [("mixtral", False), ("mixtral", True), ("glm4_moe", True), ("deepseek_v32", False)]
+)
+def test_a_release_has_the_names_that_engines_load(family, stacked, tmp_path):
+    """Whether the source has them or not; read back it is the same model, and transformers loads it."""
+    dense = {} if family == "mixtral" else {"first_k_dense_replace": 0}
+    source = tiny.write_checkpoint(tmp_path / "source", family, num_hidden_layers=1, stacked=stacked, **dense)
+    folder = make_release(tmp_path, source, "W3A16")
+    check(source, ("W3A16", folder))
+    packed = PackedCheckpoint(folder / "model")
+    moe, gate = ("block_sparse_moe", "w1") if family == "mixtral" else ("mlp", "gate_proj")
+    assert f"model.layers.0.{moe}.experts.7.{gate}.weight_packed" in packed.stored
+    kept = {f"{moe}.gate"}
+    if family == "deepseek_v32":
+        kept |= {"self_attn.kv_b_proj", "self_attn.indexer.wk", "self_attn.indexer.weights_proj"}
+    ignored = packed.config["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", *sorted(f"model.layers.0.{name}" for name in kept)]
+    write_decoded(folder / "model", tmp_path / "decoded")
+    tokens = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(1))
+    streamed = StreamedModel(packed).logits_of(tokens)
+    for directory in (folder / "model", tmp_path / "decoded"):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        with torch.no_grad():
+            logits = model(tokens).logits.float()
+        assert (logits - streamed).abs().max() < 0.03 * streamed.abs().max(), directory
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """Kimi-K2 with a layer for multi-token prediction, and releases that keep it and drop it."""
+    folder = tmp_path_factory.mktemp("drafting")
+    source = tiny.write_checkpoint(folder / "source", "kimi_k2", num_hidden_layers=2, mtp=True)
+    return source, {mtp: make_release(folder / mtp, source, "W3A16", mtp) for mtp in ("keep", "drop")}
+
+
+def test_multi_token_prediction_is_kept_in_bf16_or_dropped_with_the_config_changed(drafting, tmp_path):
+    source, releases = drafting
+    layer = set(load_file(source / "mtp.safetensors"))
+    records = {mtp: read_json(folder / "pack.json", PackRecord) for mtp, folder in releases.items()}
+    configs = {mtp: json.loads((folder / "model/config.json").read_text()) for mtp, folder in releases.items()}
+    verified = {mtp: check(source, ("W3A16", folder)) for mtp, folder in releases.items()}
+    kept, dropped = (PackedCheckpoint(releases[mtp] / "model") for mtp in ("keep", "drop"))
+    assert layer <= set(kept.stored) and not layer & set(dropped.stored)
+    assert kept.stored.keys() - dropped.stored.keys() == layer
+    assert [configs[mtp]["num_nextn_predict_layers"] for mtp in ("keep", "drop")] == [1, 0]
+    assert [records[mtp].multi_token_prediction for mtp in ("keep", "drop")] == ["kept", "dropped"]
+    assert [configs[mtp]["model_type"] for mtp in ("keep", "drop")] == ["deepseek_v3"] * 2
+    assert not any("auto_map" in config for config in configs.values()), "code that the release does not have"
+    assert "model.layers.2.mlp.experts.0.up_proj" in configs["keep"]["quantization_config"]["ignore"]
+    assert not any(".layers.2." in name for name in configs["drop"]["quantization_config"]["ignore"])
+    parameters = sum(tensor.numel() for tensor in load_file(source / "mtp.safetensors").values())
+    assert records["keep"].parameters - records["drop"].parameters == parameters
+    assert records["keep"].activated_parameters == records["drop"].activated_parameters
+    assert verified["keep"].unchanged - verified["drop"].unchanged == len(layer)
+
+
+def test_a_part_of_multi_token_prediction_is_not_enough(drafting, tmp_path):
+    folder = Path(shutil.copytree(drafting[1]["keep"], tmp_path / "release"))
+    packed = PackedCheckpoint(folder / "model")
+    name = "model.layers.2.eh_proj.weight"
+    tensors = load_file(folder / "model" / packed.stored[name])
+    del tensors[name]
+    save(folder / "model" / packed.stored[name], tensors)
+    index = json.loads((folder / "model" / INDEX).read_text())
+    del index["weight_map"][name]
+    (folder / "model" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(RequantError, match=f"{name} is missing; the source has it"):
+        check(drafting[0], ("W3A16", folder))
