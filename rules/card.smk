@@ -75,7 +75,7 @@ rule release_card:
 
 rule plot_build:
     input:
-        records=build_records(),
+        records=build_records,
         lib=modules("plot_build"),
     output:
         loss=report(
@@ -97,14 +97,14 @@ rule plot_build:
     conda:
         "../envs/requant.yaml"
     params:
-        subjects=card_subjects(),
+        subjects=card_subjects,
     script:
         "../scripts/plot_build.py"
 
 
 rule plot_experts:
     input:
-        records=build_records(),
+        records=build_records,
         lib=modules("plot_experts"),
     output:
         experts=report(
@@ -120,18 +120,18 @@ rule plot_experts:
     conda:
         "../envs/requant.yaml"
     params:
-        subjects=card_subjects(),
+        subjects=card_subjects,
     script:
         "../scripts/plot_experts.py"
 
 
 rule card:
     input:
-        records=build_records(),
+        records=build_records,
         provenance=release_provenance(),
         loss="results/card/loss.png",
         hidden_states="results/card/hidden_states.png",
-        experts=expert_pictures(),
+        experts=expert_pictures,
         templates=card_templates(),
         lib=modules("card"),
     output:
@@ -148,6 +148,6 @@ rule card:
     conda:
         "../envs/requant.yaml"
     params:
-        subjects=card_subjects(),
+        subjects=card_subjects,
     script:
         "../scripts/card.py"

@@ -22,10 +22,14 @@ from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
+from requant.disk import chain_files, check_room, files_to_come
 from requant.errors import RequantError
 from requant.imports import modules_of
 from requant.locks import load_lock, tensors_of
 from requant.planning import check_locked_source, made_here, model_to_lock, text_files
+from requant.preflight import check_context, check_group
+from requant.schemes import SCHEMES
+from requant.targets import check_deployable, check_scheme
 
 
 wildcard_constraints:
@@ -207,6 +211,27 @@ def tokenizer_files(wildcards):
     return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(wildcards, names)
 
 
+# What has to hold before a job starts
+
+
+STILL_TO_WRITE = {}
+
+
+@cache
+def preflight(release):
+    """Ends the planning if a release can't be quantized for its target, or has no room beside those before it."""
+    settings = CONFIG.releases[release]
+    model, target, calibration = settings.model, settings.deploy.target, settings.calibration
+    model_config, shard_of, _ = checkpoint_plan(model)
+    scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
+    or_stop(check_group, release, settings, model_config)
+    or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
+    chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)
+    shards = {f"{source_dir(model)}/{name}" for name in shard_of.values()}
+    STILL_TO_WRITE.update(files_to_come(release, chain, blocks, shards, scheme.weight_bits))
+    or_stop(check_room, STILL_TO_WRITE)
+
+
 # Calibration and the reference chain
 
 
@@ -219,7 +244,9 @@ def calibration_config(wildcards):
 
 
 def calibration_texts(wildcards):
-    """The text files of a calibration, held-out ones included."""
+    """The text files of a calibration, held-out ones included; its samples must fit the model's context."""
+    name, model = wildcards.calibration, wildcards.model
+    or_stop(check_context, name, CONFIG.calibrations[name], model, checkpoint_plan(model)[0])
     return or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
 
 
@@ -261,6 +288,7 @@ def routing_records(wildcards):
 
 def tuning_inputs(wildcards):
     """What a block is tuned on: the output of the quantized blocks before it, or of the source's."""
+    preflight(wildcards.release)
     before = int(wildcards.block) - 1
     if before < 0 or release_of(wildcards).tuning.inputs == "reference":
         return chain_file(wildcards, before)
@@ -327,6 +355,13 @@ def demo_documents(wildcards):
 # Serving
 
 
+def files_to_serve(wildcards):
+    """`packed_files`, if the deploy stage can start the engine of the release's target."""
+    target = release_of(wildcards).deploy.target
+    or_stop(check_deployable, wildcards.release, target, CONFIG.targets[target])
+    return packed_files(wildcards)
+
+
 def deploy_config(wildcards):
     return release_of(wildcards).deploy.model_dump(mode="json")
 
@@ -387,17 +422,17 @@ def built():
     return [SimpleNamespace(release=release) for release in CONFIG.build]
 
 
-def build_records():
-    return list(dict.fromkeys(record for wildcards in built() for record in release_records(wildcards)))
+def build_records(wildcards):
+    return list(dict.fromkeys(record for release in built() for record in release_records(release)))
 
 
 def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
 
 
-def expert_pictures():
+def expert_pictures(wildcards):
     """The heat map of experts, if a model of the build has any."""
-    plans = [(checkpoint_plan(model_of(wildcards))[1], len(blocks_of(wildcards))) for wildcards in built()]
+    plans = [(checkpoint_plan(model_of(release))[1], len(blocks_of(release))) for release in built()]
     return (
         ["results/card/experts.png"] if any(expert_counts(names, blocks) for names, blocks in plans) else []
     )
@@ -431,5 +466,5 @@ def card_subject(wildcards):
     }
 
 
-def card_subjects():
-    return [card_subject(wildcards) for wildcards in built()]
+def card_subjects(wildcards):
+    return [card_subject(release) for release in built()]
