@@ -468,3 +468,23 @@ def card_subject(wildcards):
 
 def card_subjects(wildcards):
     return [card_subject(release) for release in built()]
+
+
+# Plans
+
+
+def plan_subject(release):
+    """What requant.plan.Subject holds of a release."""
+    settings = CONFIG.releases[release]
+    return {
+        "release": release,
+        "settings": settings.model_dump(mode="json"),
+        "calibration": CONFIG.calibrations[settings.calibration].model_dump(mode="json"),
+        "target": CONFIG.targets[settings.deploy.target].model_dump(mode="json"),
+        "source": source_dir(settings.model),
+        "lock": lock_file(settings.model),
+    }
+
+
+def plan_subjects(wildcards):
+    return [plan_subject(release) for release in CONFIG.build]
