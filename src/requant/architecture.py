@@ -5,7 +5,7 @@ from typing import Any
 
 from requant.errors import RequantError
 
-FAMILIES = ("deepseek_v3", "llama", "qwen3", "qwen3_moe")
+FAMILIES = ("deepseek_v3", "deepseek_v32", "llama", "qwen3", "qwen3_moe")
 
 BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")

@@ -45,7 +45,7 @@ STAGES = {
 class Rates:
     """Times of one machine: seconds an iteration, an operation of its products, and a weight, fitted to `source`.
 
-    pass_operation: seconds an operation of a pass takes on the CPU.
+    pass_operation: seconds an operation of a pass takes on the CPU `pass_machine`.
     """
 
     machine: str
@@ -54,6 +54,7 @@ class Rates:
     operation: float
     weight: float
     pass_operation: float
+    pass_machine: str
 
     def tuning_seconds(self, work: float, weights: int, iterations: int) -> float:
         """Seconds of `iterations` whose forward pass takes `work` operations, over `weights` weights."""
@@ -121,19 +122,25 @@ def quantize_seconds(
     takes the mean of those jobs.
     """
     traces = block_traces(results, scheme, tuning, calibration)
-    total, measured, jobs = 0.0, 0, 0
+    total, passes, measured, jobs = 0.0, 0.0, 0, 0
     for kind in structure.kinds:
         linears, _ = kind.linears(kind.blocks[0], scheme, keep)
         key = shape_key({f"{linear}.weight": kind_shape(kind, linear) for linear in linears})
+        blocks = len(kind.blocks)
         if key in traces:
-            measured, jobs = measured + len(kind.blocks), jobs + len(traces[key])
-        seconds = mean(traces[key]) if key in traces else modelled_seconds(structure, kind, calibration, tuning, rates)
-        total += len(kind.blocks) * seconds
-    if not measured:
-        return total, f"model: rates of {rates.machine} ({rates.source})"
+            measured, jobs = measured + blocks, jobs + len(traces[key])
+            total += blocks * mean(traces[key])
+        else:
+            tuned, passed = modelled_seconds(structure, kind, calibration, tuning, rates)
+            passes += blocks * passed
+            total += blocks * (tuned + passed)
     if measured == structure.blocks:
         return total, f"measured: {jobs} such jobs in results/"
-    return total, f"measured for {measured} of {structure.blocks} blocks ({jobs} jobs in results/), else modelled"
+    share = f"{measured} of {structure.blocks} blocks measured; " if measured else ""
+    return total, (
+        f"model: {share}tuning on {rates.machine} ({rates.source}), and of the hours {passes / 3600:.2g} for passes on "
+        f"the CPU ({rates.pass_machine})"
+    )
 
 
 def kind_shape(kind: Kind, linear: str) -> tuple[int, int]:
@@ -164,8 +171,10 @@ def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Cal
     return found
 
 
-def modelled_seconds(structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning, rates: Rates) -> float:
-    """Seconds of a quantize job by the model: its iterations, the choice between two results, and its passes."""
+def modelled_seconds(
+    structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning, rates: Rates
+) -> tuple[float, float]:
+    """Seconds of a quantize job by the model: (its iterations and the choice between two results, its passes)."""
     length = calibration.seqlen
     weights = sum(rows * columns for rows, columns in kind.linear_shapes.values())
     batch = min(tuning.batch_size, calibration.nsamples)
@@ -176,7 +185,7 @@ def modelled_seconds(structure: Structure, kind: Kind, calibration: Calibration,
     if tuning.iters and tuning.judges_by_samples:
         batches = -(-calibration.nsamples // batch)
         seconds += 2 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
-    return seconds + PASSES * everything * rates.pass_operation
+    return seconds, PASSES * everything * rates.pass_operation
 
 
 def reference_seconds(structure: Structure, calibration: Calibration, rates: Rates, chain: Path) -> tuple[float, str]:
@@ -188,4 +197,4 @@ def reference_seconds(structure: Structure, calibration: Calibration, rates: Rat
     work = sum(
         len(kind.blocks) * pass_work(kind, structure.config, tokens, calibration.seqlen) for kind in structure.kinds
     )
-    return work * rates.pass_operation, f"model: rates of {rates.machine} ({rates.source}), matrix products alone"
+    return work * rates.pass_operation, f"model: matrix products alone, on the CPU ({rates.pass_machine})"

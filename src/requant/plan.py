@@ -252,14 +252,19 @@ def table(records: list[PlanRecord], found: dict[str, int]) -> str:
     """All plans side by side, a column a release. found: jobs of the whole build, by rule."""
     import pandas
 
-    columns = {record.release: rows(record) for record in records}
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    frame = pandas.DataFrame({release: [column.get(name, "") for name in names] for release, column in columns.items()})
-    frame.index = names
+    columns = {record.release: {"model": record.model} | rows(record) for record in records}
+    frame = pandas.DataFrame(columns)
+    lines = frame.to_string(justify="left", formatters=left_aligned(frame)).splitlines()
     unknown = "" if all(record.source_files_known for record in records) else ", and one for each file of the source"
     total = f"jobs of the whole build: {sum(found.values())}{unknown}; disk at its peak: {gb(build_peak(records))}"
     notes = list(dict.fromkeys(note for record in records for note in remarks(record)))
-    return "\n".join([frame.to_string(), total, *notes])
+    return "\n".join([*(line.rstrip() for line in lines), total, *notes])
+
+
+def left_aligned(frame) -> dict:
+    """Formatters that fill each column of `frame` up with blanks on the right."""
+    widths = {column: max(len(column), *map(len, frame[column])) for column in frame}
+    return {column: f"{{:<{width}}}".format for column, width in widths.items()}
 
 
 def build_peak(records: list[PlanRecord]) -> int:
@@ -272,60 +277,66 @@ def build_peak(records: list[PlanRecord]) -> int:
 
 def rows(record: PlanRecord) -> dict[str, str]:
     """What the table says of a release, by row."""
-    target, disk, largest = record.target, record.disk, max(record.cpu_bytes, key=record.cpu_bytes.get)
+    disk, largest = record.disk, max(record.cpu_bytes, key=record.cpu_bytes.get)
+    routed = (
+        f"{record.routed_experts}, {record.experts_per_token} a token, {record.moe_blocks} of {record.blocks} blocks"
+    )
     found = {
-        "model": f"{record.model} (from {({'config': 'config.json alone'}).get(record.basis, record.basis)})",
+        "known from": "config.json alone" if record.basis == "config" else record.basis,
         "parameters": billions(record.parameters),
         "  active a token": billions(record.activated_parameters),
-        "experts a layer": f"{record.routed_experts}, {record.experts_per_token} a token, {record.moe_blocks} of "
-        f"{record.blocks} blocks"
-        if record.routed_experts
-        else f"none, {record.blocks} blocks",
+        "experts a layer": routed if record.routed_experts else f"none, {record.blocks} blocks",
         "source": gb(record.source_bytes),
         "  not here yet": gb(record.download_bytes),
     }
     for name, size in record.schemes.items():
-        chosen = " <- chosen" if name == record.scheme else ""
-        found[f"release in {name}"] = f"{gb(size.file_bytes)}, {size.bits_per_quantized_weight:.2f} bits{chosen}"
+        chosen = ", chosen" if name == record.scheme else ""
+        found[f"size in {name}"] = f"{gb(size.file_bytes)}, {size.bits_per_quantized_weight:.2f} bits{chosen}"
     found |= {
-        "disk at the peak": f"{gb(disk.peak)} ({gb(disk.free)} free here)",
-        "  of it hidden states": gb(disk.reference + disk.chain),
-        "largest job, CPU": f"{gb(record.cpu_bytes[largest])} ({largest})",
-        "  a quantize job": gb(record.cpu_bytes["quantize"]),
+        "disk at the peak": gb(disk.peak),
+        "  hidden states": gb(disk.reference + disk.chain),
+        "  free here": gb(disk.free),
+        "largest job, CPU": f"{gb(record.cpu_bytes[largest])}, {largest}",
+        "  tuning a block": gb(record.cpu_bytes["quantize"]),
         "largest job, GPU": "none" if record.gpu_bytes is None else gb(record.gpu_bytes),
         "jobs": str(sum(record.jobs.values())),
-        "target": " ".join(filter(None, [target.target, target_words(record)])),
-        "  fits": fit_words(record),
     }
+    found |= target_rows(record)
     for stage in record.stages:
-        known = "not known" if stage.seconds is None else hours(stage.seconds)
-        found[f"hours: {stage.stage}"] = f"{known} ({stage.basis.split(':')[0]})"
+        found[f"time: {stage.stage}"] = (
+            "not known" if stage.seconds is None else f"{duration(stage.seconds)}, {stage.basis.split(':')[0]}"
+        )
     known = [stage.seconds for stage in record.stages if stage.seconds is not None]
-    found["hours, of what is known"] = hours(sum(known))
+    found["time of what is known"] = duration(sum(known))
     return found
 
 
-def target_words(record: PlanRecord) -> str:
+def target_rows(record: PlanRecord) -> dict[str, str]:
+    """What the table says of a release at its target."""
     target = record.target
-    where = f"{target.devices} x {target.gpu or target.device}"
-    return f"({target.engine}, {where}{'' if target.memory_bytes is None else f' of {gb(target.memory_bytes)}'})"
-
-
-def fit_words(record: PlanRecord) -> str:
-    target = record.target
-    if target.problem is not None:
-        return f"no: {target.problem}"
-    weights = f"{gb(target.weights_bytes)} of {target.weights} weights a device"
-    if target.context is None:
-        return f"not known: the target has no memory_gb; {weights}"
-    cache = f"KV cache for {target.context:,} tokens x {target.concurrency}"
-    return f"{'yes' if target.fits else f'no, {target.context_wanted:,} wanted'}: {weights}, {cache}"
+    memory = "" if target.memory_bytes is None else f" of {gb(target.memory_bytes)}"
+    fits = "not known" if target.fits is None else "yes" if target.fits else "no"
+    return {
+        "target": target.target,
+        "  engine": f"{target.engine}, {target.devices} x {target.gpu or target.device}{memory}",
+        "  weights a device": f"{gb(target.weights_bytes)}, {target.weights}",
+        "  context": "not known" if target.context is None else f"{target.context:,} tokens x {target.concurrency}",
+        "  fits": "no, refused" if target.problem is not None else fits,
+    }
 
 
 def remarks(record: PlanRecord) -> list[str]:
     """What a reader has to know beside the table."""
     found = [f"{stage.stage}: {stage.basis}" for stage in record.stages if stage.seconds is not None]
-    kept = record.schemes[record.scheme].kept
+    kept, target = record.schemes[record.scheme].kept, record.target
+    if target.problem is not None:
+        found.append(f"{record.release}: {target.target}: {target.problem}")
+    elif target.fits is None:
+        found.append(f"{record.release}: {target.target}: what fits is not known: the target has no memory_gb")
+    elif not target.fits:
+        found.append(
+            f"{record.release}: {target.target}: {target.context_wanted:,} tokens x {target.concurrency} wanted"
+        )
     found += [f"{record.release}: {count} Linears stay in BF16: {reason}" for reason, count in kept.items()]
     if record.drafting_if_stored:
         found.append(
@@ -346,5 +357,5 @@ def billions(count: int) -> str:
     return f"{count / 1e9:,.2f} billion" if count >= 1e8 else f"{count / 1e6:,.2f} million"
 
 
-def hours(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
