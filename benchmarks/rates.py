@@ -90,7 +90,7 @@ def main() -> None:
             "operation": operation,
             "weight": weight,
             "pass_operation": a_pass,
-            "pass_machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['matrix_flops'] / 1e12:.2f} TFLOP/s",
+            "pass_machine": f"{machine['cpu']}, one thread, {machine['matrix_flops'] / 1e12:.2f} TFLOP/s",
         }
     (RESULTS / "rates.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -115,11 +115,11 @@ def quantize_seconds(
     keep: list[str],
     rates: Rates,
     results: Path,
-) -> tuple[float, str]:
+) -> tuple[float | None, str]:
     """(seconds of all quantize jobs, what they follow from).
 
     A kind of block that was tuned before with the same weights, settings, tokens and threads, whatever the release,
-    takes the mean of those jobs.
+    takes the mean of those jobs. The model is of the engine `fused`.
     """
     traces = block_traces(results, scheme, tuning, calibration)
     total, passes, measured, jobs = 0.0, 0.0, 0, 0
@@ -130,6 +130,8 @@ def quantize_seconds(
         if key in traces:
             measured, jobs = measured + blocks, jobs + len(traces[key])
             total += blocks * mean(traces[key])
+        elif tuning.iters and tuning.engine != "fused":
+            return None, f"not known: no such job of engine {tuning.engine} was measured"
         else:
             tuned, passed = modelled_seconds(structure, kind, calibration, tuning, rates)
             passes += blocks * passed

@@ -9,14 +9,16 @@ from requant.schemes import Scheme
 from requant.stacks import Schedule
 from requant.structure import Kind, Structure
 
-# What a job has before it has read a tensor: Python, torch, transformers, compiled loops.
-BASE = 600_000_000
+# What a job has before it has read a tensor: Python, torch, transformers; and with the tuner and its compiled loops.
+BASE, TUNER_BASE = 650_000_000, 850_000_000
 # Samples that `routing.observe` runs at a time.
 PASS_SAMPLES = 8
 # Float32 logits of two models, and float64 tensors of that shape at the peak of `evaluate.Tally.add`.
 LOGIT_BYTES = 2 * 4 + 5 * 8
-# Attention over few tokens: scores in float32 and shares in BF16, and the gradients of both.
-SCORE_BYTES = 2 * (4 + 2)
+# A score of attention over few tokens: float32, its share in BF16, and the gradients of both.
+SHORT_SCORE_BYTES = 2 * (4 + 2)
+# A score in torch's attention on a CPU (measured), which holds all of them where keys and values differ in width: MLA.
+SCORE_BYTES = 12
 
 
 def gpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tuning: Tuning) -> int:
@@ -36,7 +38,7 @@ def cpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tu
     head = (2 * config["hidden_size"] + LOGIT_BYTES * length) * config["vocab_size"]
     return {
         "reference": BASE + 2 * (states + heldout) + passing,
-        "quantize": BASE + 3 * states + heldout + tuned,
+        "quantize": TUNER_BASE + 3 * states + heldout + tuned,
         "evaluate": BASE + states + 4 * heldout + max(passing, head),
         "benchmark": BASE + 2 * (structure.parameters - structure.drafting),
     }
@@ -51,7 +53,14 @@ def pass_bytes(structure: Structure, kind: Kind, calibration: Calibration) -> in
     if routed:
         rows = tokens * structure.experts_per_token // kind.experts
         widest = max(widest, rows * 3 * max(out for out, _ in routed))
-    return 2 * (widest + 2 * tokens * structure.config["hidden_size"])
+    attention = score_bytes(structure, min(PASS_SAMPLES, calibration.nsamples), calibration.seqlen)
+    return max(2 * widest, attention) + 4 * tokens * structure.config["hidden_size"]
+
+
+def score_bytes(structure: Structure, samples: int, length: int) -> int:
+    """What attention over samples of `length` tokens holds of its scores on a CPU, outside of the tuner's own."""
+    differ = bool(structure.config.get("kv_lora_rank"))
+    return SCORE_BYTES * samples * structure.config["num_attention_heads"] * length**2 if differ else 0
 
 
 def quantize_bytes(structure: Structure, kind: Kind, calibration: Calibration, scheme: Scheme, tuning: Tuning) -> int:
@@ -85,5 +94,6 @@ def step_bytes(structure: Structure, kind: Kind, calibration: Calibration, tunin
         inner = kind.expert_elements // (3 * kind.experts * config["hidden_size"])
         rows = tokens * structure.experts_per_token + kind.experts * fused.ROW_MULTIPLE
         elements += tokens * config["hidden_size"] + rows * (3 * config["hidden_size"] + 6 * inner)
-    scores = samples * config["num_attention_heads"] * calibration.seqlen**2
-    return int(2 * elements) + (SCORE_BYTES * scores if calibration.seqlen <= fused.LONGEST_SHORT else 0)
+    if calibration.seqlen > fused.LONGEST_SHORT:
+        return int(2 * elements) + score_bytes(structure, samples, calibration.seqlen)
+    return int(2 * elements) + SHORT_SCORE_BYTES * samples * config["num_attention_heads"] * calibration.seqlen**2
