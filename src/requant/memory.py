@@ -6,13 +6,14 @@ The terms follow the code of the jobs; docs/plan.md says what was measured of th
 from requant import fused
 from requant.config import Calibration, Tuning
 from requant.schemes import Scheme
-from requant.stacks import Schedule
+from requant.stacks import LARGEST_PART, Schedule
 from requant.structure import Kind, Structure
 
 # What a job has before it has read a tensor: Python, torch, transformers; and with the tuner and its compiled loops.
 BASE, TUNER_BASE = 650_000_000, 850_000_000
 # Samples that `routing.observe` runs at a time.
 PASS_SAMPLES = 8
+FLOAT32_BYTES = 4
 # Float32 logits of two models, and float64 tensors of that shape at the peak of `evaluate.Tally.add`.
 LOGIT_BYTES = 2 * 4 + 5 * 8
 # A score of attention over few tokens: float32, its share in BF16, and the gradients of both.
@@ -67,21 +68,23 @@ def quantize_bytes(structure: Structure, kind: Kind, calibration: Calibration, s
     """What `quantize` holds of a block of that kind at its peak: while it tunes, or when it runs what it ships.
 
     Tuning on a CPU (`stacks.Stack`), every weight has its BF16 value twice, as in the source and as it is rounded
-    now, its offset and its best code, the largest stack a gradient; the source's block stays for comparison. Then
+    now, its offset and its best code; the source's block stays for comparison. On top of that come a step's gradient
+    and activations, or the values of the best codes of a stack, made by way of float32, or those of all stacks. Then
     rounded weights, packed ones and the block decoded from them stand side by side.
     """
     source = 2 * kind.elements
     weights = sum(out * width for out, width in kind.linear_shapes.values())
-    shipped = (
-        source + 2 * weights + weights * scheme.weight_bits // 8 + source + pass_bytes(structure, kind, calibration)
-    )
+    packed = weights * scheme.weight_bits // 8
+    shipped = 2 * source + 2 * weights + packed + pass_bytes(structure, kind, calibration)
     if not tuning.iters or tuning.device != "cpu":
         return shipped
     counter = Schedule(tuning.iters, 1.0, 1.0, True).dtype.itemsize
     a_weight = 2 + 2 + counter + 1 + ((1 if scheme.is_nvfp4 else 2) * counter + 2) / scheme.group_size
     dense = [out * width for name, (out, width) in kind.linear_shapes.items() if ".experts." not in name]
-    gradient = 2 * max([*dense, 2 * kind.expert_elements // 3])
-    return max(shipped, source + int(weights * a_weight) + gradient + step_bytes(structure, kind, calibration, tuning))
+    stack = max([*dense, 2 * kind.expert_elements // 3])
+    a_step = 2 * stack + step_bytes(structure, kind, calibration, tuning)
+    kept = 2 * stack + 2 * FLOAT32_BYTES * min(stack, LARGEST_PART // 32)
+    return max(shipped, source + int(weights * a_weight) + max(a_step, kept, 2 * weights))
 
 
 def step_bytes(structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning) -> int:
