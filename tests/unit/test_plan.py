@@ -155,7 +155,7 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     records, table = plan_build([subject(data, name, folder)], RATES, tmp_path / "results")
     record = read_json(tmp_path / "results" / name / "plan.json", PlanRecord)
     assert record == records[0] and record.basis == "config"
-    assert record.schemes[record.scheme].file_bytes / 1e9 == pytest.approx(size, abs=0.1)
+    assert record.schemes[record.scheme].file_bytes / 1e9 == pytest.approx(size, abs=0.2)
     assert record.target.problem is None and record.target.fits
     assert 60e9 < record.gpu_bytes < 80e9 if experts == 192 else 45e9 < record.gpu_bytes < 60e9
     assert record.disk.reference == pytest.approx(62 * (512 + 64) * 2048 * 7168 * 2, rel=1e-6)
