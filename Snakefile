@@ -2,6 +2,7 @@
 #
 #   snakemake --cores all model_card.md     builds everything in `build` of config.yaml
 #   snakemake -n                            says what would run
+#   snakemake --cores 1 plan                says what it would take, and how large the releases would be
 
 from snakemake.utils import min_version
 
@@ -25,6 +26,7 @@ include: "rules/evaluate.smk"
 include: "rules/deploy.smk"
 include: "rules/benchmark.smk"
 include: "rules/card.smk"
+include: "rules/plan.smk"
 
 
 rule all:

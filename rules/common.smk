@@ -23,12 +23,16 @@ from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
-from requant.download import HubModel, check_room
+from requant.disk import chain_files, check_room, files_to_come
+from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
 from requant.imports import modules_of
 from requant.locks import check_stored, load_lock, tensors_of
 from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
+from requant.preflight import check_context, check_group
+from requant.schemes import SCHEMES
+from requant.targets import check_deployable, check_scheme
 
 
 wildcard_constraints:
@@ -50,6 +54,18 @@ def or_stop(function, *arguments):
         return function(*arguments)
     except RequantError as error:
         sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+
+
+def or_warn(function, *arguments):
+    """As `or_stop` for a build that would start on a machine without room; a dry run says so and goes on."""
+    if not workflow.is_main_process:
+        return
+    try:
+        function(*arguments)
+    except RequantError as error:
+        if not workflow.output_settings.dryrun:
+            sys.exit(f"error: {error}")
+        print(f"warning: {error}", file=sys.stderr)
 
 
 # `--config model=NAME` belongs to the rule `lock`.
@@ -213,16 +229,10 @@ def repository_of(wildcards):
 
 @cache
 def room_for_downloads(model):
-    """Stops a build whose downloads do not fit their disk; a dry run says so and goes on."""
-    if not workflow.is_main_process:
-        return
-    arguments = (model, HubModel(**repository_of(SimpleNamespace(model=model))), hub_lock(model))
-    try:
-        check_room(*arguments)
-    except RequantError as error:
-        if not workflow.output_settings.dryrun:
-            sys.exit(f"error: {error}")
-        print(f"warning: {error}", file=sys.stderr)
+    """Stops a build whose downloads do not fit their disk."""
+    or_warn(
+        check_download_room, model, HubModel(**repository_of(SimpleNamespace(model=model))), hub_lock(model)
+    )
 
 
 def lock_to_download(wildcards):
@@ -281,6 +291,35 @@ def tokenizer_files(wildcards):
     return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(wildcards, names)
 
 
+# What has to hold before a job starts
+
+
+STILL_TO_WRITE = {}
+
+
+@cache
+def preflight(release):
+    """Ends the planning if a release can't be quantized for its target, or has no room beside those before it."""
+    settings = CONFIG.releases[release]
+    model, target, calibration = settings.model, settings.deploy.target, settings.calibration
+    model_config, shard_of, _ = checkpoint_plan(model)
+    scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
+    or_stop(check_group, release, settings, model_config)
+    or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
+    chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)
+    stored = shard_bytes(model, set(shard_of.values()))
+    STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
+    or_warn(check_room, STILL_TO_WRITE)
+
+
+def shard_bytes(model, shards):
+    """Bytes of a model's shards, from its lock where it has one."""
+    if (path := lock_file(model)) is not None:
+        files = or_stop(load_lock, path).files
+        return sum(files[name].size for name in shards)
+    return sum(os.path.getsize(f"{source_dir(model)}/{name}") for name in shards)
+
+
 # Calibration and the reference chain
 
 
@@ -293,7 +332,9 @@ def calibration_config(wildcards):
 
 
 def calibration_texts(wildcards):
-    """The text files of a calibration, held-out ones included."""
+    """The text files of a calibration, held-out ones included; its samples must fit the model's context."""
+    name, model = wildcards.calibration, wildcards.model
+    or_stop(check_context, name, CONFIG.calibrations[name], model, checkpoint_plan(model)[0])
     return or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
 
 
@@ -335,6 +376,7 @@ def routing_records(wildcards):
 
 def tuning_inputs(wildcards):
     """What a block is tuned on: the output of the quantized blocks before it, or of the source's."""
+    preflight(wildcards.release)
     before = int(wildcards.block) - 1
     if before < 0 or release_of(wildcards).tuning.inputs == "reference":
         return chain_file(wildcards, before)
@@ -403,6 +445,13 @@ def demo_documents(wildcards):
 
 
 # Serving
+
+
+def files_to_serve(wildcards):
+    """`packed_files`, if the deploy stage can start the engine of the release's target."""
+    target = release_of(wildcards).deploy.target
+    or_stop(check_deployable, wildcards.release, target, CONFIG.targets[target])
+    return packed_files(wildcards)
 
 
 def deploy_config(wildcards):
@@ -513,3 +562,28 @@ def card_subject(wildcards):
 
 def card_subjects(_):
     return [card_subject(wildcards) for wildcards in built()]
+
+
+# Plans
+
+
+def plan_subject(release):
+    """What requant.plan.Subject holds of a release. A model from the hub has to have its lock."""
+    settings = CONFIG.releases[release]
+    if is_from_hub(settings.model):
+        hub_lock(settings.model)
+    return {
+        "release": release,
+        "settings": settings.model_dump(mode="json"),
+        "calibration": CONFIG.calibrations[settings.calibration].model_dump(mode="json"),
+        "target": CONFIG.targets[settings.deploy.target].model_dump(mode="json"),
+        "source": source_dir(settings.model),
+        "lock": lock_file(settings.model),
+        "repository": (
+            repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
+        ),
+    }
+
+
+def plan_subjects(_):
+    return [plan_subject(release) for release in CONFIG.build]

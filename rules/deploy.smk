@@ -9,7 +9,7 @@ MEANWHILE         decoded weights      results/{release}/served/: gone when the 
 
 rule deploy:
     input:
-        packed=packed_files,
+        packed=files_to_serve,
         source=all_shards,
         tokens=tokens_of,
         lib=modules("deploy"),

@@ -229,15 +229,36 @@ class Benchmark(Section):
 
 
 class Target(Section):
-    """A place to serve a release at."""
+    """A place to serve a release at: what the deploy stage starts, and what a plan reckons with."""
 
-    engine: Literal["transformers"] = Field("transformers", description="the server: `transformers serve`")
+    engine: Literal["transformers", "vllm", "sglang"] = Field(
+        "transformers",
+        description="the server; the deploy stage starts `transformers serve`, others are planned for only",
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
+    gpu: str | None = Field(None, pattern=r"^sm\d{2,3}$", description="architecture of the GPUs: sm90, sm100, sm120")
+    devices: PositiveInt = Field(1, description="GPUs that share the weights")
+    memory_gb: float | None = Field(None, gt=0, description="memory of a device, 10^9 bytes")
+    memory_fraction: float = Field(0.85, gt=0, le=1, description="part of it for weights and KV cache")
+    concurrency: PositiveInt = Field(1, description="requests at a time")
+    context: PositiveInt | None = Field(None, description="tokens a request should have; the model's own if absent")
     weights: Literal["auto", "decoded"] = Field(
         "auto", description="auto: the packed checkpoint where the engine reads its format; decoded: BF16 weights"
     )
     startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
+
+    @model_validator(mode="after")
+    def _engine_has_its_gpu(self):
+        if self.engine != "transformers" and self.device == "cpu":
+            raise ValueError(f"device: 'cpu': engine {self.engine} is planned for on GPUs only; expected cuda")
+        if self.engine != "transformers" and self.gpu is None:
+            raise ValueError(
+                f"gpu: missing: which formats {self.engine} serves depends on it; expected sm90, sm120, ..."
+            )
+        if self.device == "cpu" and (self.gpu is not None or self.devices > 1):
+            raise ValueError("device: 'cpu': `gpu` and `devices` describe GPUs; expected cuda")
+        return self
 
 
 class Config(Section):

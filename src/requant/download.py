@@ -111,7 +111,7 @@ def bytes_to_come(model: HubModel, lock: Lock) -> int:
     return sum(max(lock.files[name].size - _size(model.partial(name)), 0) for name in missing)
 
 
-def check_room(name: str, model: HubModel, lock: Lock) -> None:
+def check_download_room(name: str, model: HubModel, lock: Lock) -> None:
     """Raises RequantError if the disk that the files of the model `name` go to can't hold those still to come."""
     wanted = bytes_to_come(model, lock)
     there = next(folder for folder in (model.root, *model.root.parents) if folder.exists())

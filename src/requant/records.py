@@ -295,6 +295,88 @@ class BenchmarkRecord(Record):
     peak_memory_bytes: int
 
 
+class SchemePlan(Record):
+    """A release of one scheme, predicted."""
+
+    tensor_bytes: int = Field(description="of the values of all tensors; exact")
+    file_bytes: int = Field(description="of all shards, headers included; exact")
+    quantized_parameters: int
+    bits_per_quantized_weight: float = Field(description="scales included")
+    kept: dict[str, int] = Field(description="Linears left in BF16 by the reason, counted")
+
+
+class DiskPlan(Record):
+    """Bytes on disk at the peak, which comes when the release is served."""
+
+    source: int = Field(description="of the checkpoint's shards")
+    tokens: int
+    reference: int = Field(description="hidden states of the source model, shared with its other releases")
+    chain: int = Field(description="hidden states of the release")
+    shards: int = Field(description="of the release; blocks and model share them by hard links")
+    served: int = Field(description="BF16 copy that the deploy stage makes where the engine can't read the format")
+    peak: int = Field(description="of all these")
+    free: int = Field(description="on the disk of the working directory when the plan was made")
+
+
+class TargetPlan(Record):
+    """Whether a release fits its target."""
+
+    target: str
+    engine: str
+    device: str
+    gpu: str | None
+    devices: int
+    memory_bytes: int | None = Field(description="of a device; null if the config doesn't say")
+    problem: str | None = Field(description="why the engine refuses the release; null if it serves it")
+    weights_bytes: int = Field(description="on each device, as the engine holds them")
+    weights: str = Field(description="how the engine holds them")
+    cache_bytes_per_token: int = Field(description="KV cache of a token on each device, BF16")
+    cached_tokens: int | None = Field(description="tokens whose KV cache fits; null if the memory is not known")
+    concurrency: int
+    context: int | None = Field(description="tokens that each of `concurrency` requests can have")
+    context_wanted: int
+    fits: bool | None = Field(description="null if the memory is not known")
+
+
+class StagePlan(Record):
+    stage: str = Field(description="the rule")
+    jobs: int
+    seconds: float | None = Field(description="of all its jobs, one after another; null if not known")
+    basis: str = Field(description="what the seconds follow from")
+
+
+class PlanRecord(Record):
+    """results/{release}/plan.json: what a build of the release will take, predicted before anything runs."""
+
+    release: str
+    model: str
+    scheme: str
+    basis: Literal["lock", "headers", "config"] = Field(description="what tensors are known from")
+    parameters: int = Field(description="of the source")
+    activated_parameters: int = Field(
+        description="used for one token: not experts left out, not multi-token prediction"
+    )
+    drafting_parameters: int = Field(description="of those, multi-token prediction")
+    drafting_if_stored: int = Field(
+        description="parameters of multi-token prediction that config.json names, where a config alone can't "
+        "tell whether the checkpoint stores them; they are in no other figure"
+    )
+    blocks: int
+    moe_blocks: int
+    routed_experts: int
+    experts_per_token: int
+    source_bytes: int = Field(description="of the source's shards; without headers if known from config.json alone")
+    download_bytes: int = Field(description="of the source that is not here")
+    schemes: dict[str, SchemePlan]
+    disk: DiskPlan
+    cpu_bytes: dict[str, int] = Field(description="largest resident memory of a job, by rule")
+    gpu_bytes: int | None = Field(description="of the tuning job; null if it runs on the CPU")
+    jobs: dict[str, int] = Field(description="by rule, of a build of this release alone from nothing")
+    source_files_known: bool = Field(description="false: one more job for each file of the source")
+    target: TargetPlan
+    stages: list[StagePlan]
+
+
 R = TypeVar("R", bound=Record)
 
 

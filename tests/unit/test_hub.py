@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from huggingface_hub import constants
 from requant import hub
-from requant.download import HubModel, check_room, link, obtain
+from requant.download import HubModel, check_download_room, link, obtain
 from requant.hublock import make_hub_lock
 from requant.jobs import job
 from requant.records import Lock, read_json, write_json
@@ -44,7 +44,7 @@ with job("job.log"):
         name, commit, directory, file = rest
         model, lock = HubModel(name, commit, directory or None), read_json("lock.json", Lock)
         if what == "room":
-            check_room("mine", model, lock)
+            check_download_room("mine", model, lock)
         else:
             obtain(model, file, lock)
             link(model.place(file), Path("links") / file)

@@ -1,0 +1,80 @@
+"""Disk that a release takes while it is built: files, their sizes, and whether there is room for those still to come.
+
+Arithmetic on config.json and the config alone, without torch: it runs whenever a build is planned.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from requant.config import Calibration
+from requant.errors import RequantError
+from requant.sizes import Shaped, file_bytes
+
+
+def tokens_bytes(calibration: Calibration) -> int:
+    """Bytes of tokens.safetensors: int32 tokens and their masks."""
+    parts = {"calibration": calibration.nsamples, "heldout": calibration.heldout.nsamples}
+    tensors = {part: Shaped("I32", (count, calibration.seqlen)) for part, count in parts.items()}
+    tensors |= {f"{part}_mask": Shaped("U8", (count, calibration.seqlen)) for part, count in parts.items()}
+    return file_bytes(tensors)
+
+
+def hidden_bytes(calibration: Calibration, width: int, heldout: bool) -> int:
+    """Bytes of a file of BF16 hidden states: of calibration tokens, and of held-out ones in the reference chain."""
+    tensors = {"calibration": Shaped("BF16", (calibration.nsamples, calibration.seqlen, width))}
+    if heldout:
+        tensors["heldout"] = Shaped("BF16", (calibration.heldout.nsamples, calibration.seqlen, width))
+    return file_bytes(tensors)
+
+
+def chain_files(
+    release: str, model: str, name: str, calibration: Calibration, config: dict[str, Any]
+) -> dict[str, int]:
+    """Size of each file of tokens and hidden states that `release` needs; `name` is the calibration's."""
+    width, blocks = config["hidden_size"], range(config["num_hidden_layers"])
+    reference = f"results/reference/{model}/{name}"
+    files = {f"results/calibration/{model}/{name}/tokens.safetensors": tokens_bytes(calibration)}
+    states = [f"{reference}/embedded.safetensors", *(f"{reference}/hidden_{block}.safetensors" for block in blocks)]
+    files |= dict.fromkeys(states, hidden_bytes(calibration, width, heldout=True))
+    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks]
+    return files | dict.fromkeys(own, hidden_bytes(calibration, width, heldout=False))
+
+
+def files_to_come(release: str, chain: dict[str, int], blocks: int, stored: int, weight_bits: int) -> dict[str, int]:
+    """Files that a build of `release` still has to write, with sizes it can't stay below.
+
+    chain: what `chain_files` gives. A weight takes `weight_bits` in the release at least, and two of the `stored` bytes
+    of the source's shards at most. Nothing is to come of a release that has been packed and evaluated: its chains may have
+    been deleted since.
+    """
+    if all(Path(f"results/{release}/{stage}.json").exists() for stage in ("pack", "evaluate")):
+        return {}
+    each = stored // 2 * weight_bits // 8 // blocks
+    files = chain | {f"results/{release}/blocks/{block}.safetensors": each for block in range(blocks)}
+    return {path: size for path, size in files.items() if not Path(path).exists()}
+
+
+def check_room(files: dict[str, int]) -> None:
+    """Raises RequantError if a disk has less room than the `files` that are to be written to it.
+
+    Each file counts for the disk that its folder, or the nearest one above that exists, is on.
+    """
+    needed: dict[int, list[tuple[Path, int]]] = {}
+    for path, size in files.items():
+        folder = nearest_folder(path)
+        needed.setdefault(os.stat(folder).st_dev, []).append((folder, size))
+    for found in needed.values():
+        folder, total = found[0][0], sum(size for _, size in found)
+        free = shutil.disk_usage(folder).free
+        if total > free:
+            raise RequantError(
+                f"{folder.resolve()}: {free / 1e9:.1f} GB free; what is still to be written there takes "
+                f"{total / 1e9:.1f} GB at least (`snakemake --cores 1 plan` has it by kind)"
+            )
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """The folder of `path`, or the nearest one above it that exists."""
+    return next(folder for folder in Path(path).absolute().parents if folder.is_dir())

@@ -1,0 +1,202 @@
+"""Hours of a build: measured where there are records of such jobs, else from a model of operations and bytes.
+
+The model: an iteration of tuning takes a time of its own, one for each operation of its matrix products and one for
+each weight that is rounded; a pass of a block takes its operations. The rates are fitted to measured blocks by
+benchmarks/rates.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from requant.config import Calibration, Tuning
+from requant.errors import RequantError
+from requant.records import (
+    BenchmarkRecord,
+    BlockRecord,
+    DeployRecord,
+    EvaluateRecord,
+    PackRecord,
+    Record,
+    RoutingRecord,
+    StagePlan,
+    VerifyRecord,
+    read_json,
+)
+from requant.schemes import Scheme
+from requant.structure import Kind, Structure, pass_work
+from requant.tuned import settings
+
+# Passes over all samples that a quantize job makes beside tuning: input ranges, and the output as shipped.
+PASSES = 2
+# A backward pass takes twice the products of a forward one.
+WITH_BACKWARD = 3
+STAGES = {
+    "pack": PackRecord,
+    "verify": VerifyRecord,
+    "evaluate": EvaluateRecord,
+    "deploy": DeployRecord,
+    "benchmark": BenchmarkRecord,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Times of one machine: seconds an iteration, an operation of its products, and a weight, fitted to `source`.
+
+    pass_operation: seconds an operation of a pass takes on the CPU `pass_machine`.
+    """
+
+    machine: str
+    source: str
+    iteration: float
+    operation: float
+    weight: float
+    pass_operation: float
+    pass_machine: str
+
+    def tuning_seconds(self, work: float, weights: int, iterations: int) -> float:
+        """Seconds of `iterations` whose forward pass takes `work` operations, over `weights` weights."""
+        return iterations * (self.iteration + WITH_BACKWARD * work * self.operation + weights * self.weight)
+
+
+def read_rates(path: str | Path, device: str) -> Rates:
+    """The rates for tuning on `device`, from the file that benchmarks/rates.py writes."""
+    try:
+        return Rates(**json.loads(Path(path).read_text(encoding="utf-8"))["cpu" if device == "cpu" else "gpu"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequantError(f"{path}: no rates ({error}); expected what `python benchmarks/rates.py` writes") from None
+
+
+def stages(
+    structure: Structure,
+    release: str,
+    model: str,
+    name: str,
+    calibration: Calibration,
+    scheme: Scheme,
+    tuning: Tuning,
+    keep: list[str],
+    rates: Rates,
+    results: Path,
+) -> list[StagePlan]:
+    """The stages of a build of `release` with the seconds of all their jobs, one job after another.
+
+    name: of the calibration; results: the build's directory of results, where measured jobs are looked for.
+    """
+    tuned, tuned_from = quantize_seconds(structure, calibration, scheme, tuning, keep, rates, results)
+    chain = results / "reference" / model / name
+    walked, walked_from = reference_seconds(structure, calibration, rates, chain)
+    found = [
+        StagePlan(stage="reference", jobs=structure.blocks, seconds=walked, basis=walked_from),
+        StagePlan(stage="quantize", jobs=structure.blocks, seconds=tuned, basis=tuned_from),
+    ]
+    for stage, kind in STAGES.items():
+        record = finished(results / release / f"{stage}.json", kind)
+        basis = "measured: its last run" if record else "not known: no run of it was measured"
+        found.append(StagePlan(stage=stage, jobs=1, seconds=record.seconds if record else None, basis=basis))
+    return found
+
+
+def finished(path: Path, kind: type[Record]) -> Record | None:
+    """The record in `path`; None if there is none, or one of another version."""
+    try:
+        return read_json(path, kind)
+    except RequantError:
+        return None
+
+
+def quantize_seconds(
+    structure: Structure,
+    calibration: Calibration,
+    scheme: Scheme,
+    tuning: Tuning,
+    keep: list[str],
+    rates: Rates,
+    results: Path,
+) -> tuple[float | None, str]:
+    """(seconds of all quantize jobs, what they follow from).
+
+    A kind of block that was tuned before with the same weights, settings, tokens and threads, whatever the release,
+    takes the mean of those jobs. The model is of the engine `fused`.
+    """
+    traces = block_traces(results, scheme, tuning, calibration)
+    total, passes, measured, jobs = 0.0, 0.0, 0, 0
+    for kind in structure.kinds:
+        linears, _ = kind.linears(kind.blocks[0], scheme, keep)
+        key = shape_key({f"{linear}.weight": kind_shape(kind, linear) for linear in linears})
+        blocks = len(kind.blocks)
+        if key in traces:
+            measured, jobs = measured + blocks, jobs + len(traces[key])
+            total += blocks * mean(traces[key])
+        elif tuning.iters and tuning.engine != "fused":
+            return None, f"not known: no such job of engine {tuning.engine} was measured"
+        else:
+            tuned, passed = modelled_seconds(structure, kind, calibration, tuning, rates)
+            passes += blocks * passed
+            total += blocks * (tuned + passed)
+    if measured == structure.blocks:
+        return total, f"measured: {jobs} such jobs in results/"
+    share = f"{measured} of {structure.blocks} blocks measured; " if measured else ""
+    return total, (
+        f"model: {share}tuning on {rates.machine} ({rates.source}), and of the hours {passes / 3600:.2g} for passes on "
+        f"the CPU ({rates.pass_machine})"
+    )
+
+
+def kind_shape(kind: Kind, linear: str) -> tuple[int, int]:
+    """Shape of the Linear of that whole name in blocks of that kind."""
+    return kind.linear_shapes[linear.split(".", 3)[3]]
+
+
+def shape_key(quantized: dict[str, list[int] | tuple[int, ...]]) -> tuple:
+    """What blocks whose jobs take as long have in common: the names and shapes of quantized weights, less the block's
+    number."""
+    return tuple(sorted((name.split(".", 3)[3], tuple(shape)) for name, shape in quantized.items()))
+
+
+def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Calibration) -> dict[tuple, list[float]]:
+    """Seconds of finished quantize jobs of any release with these settings, by `shape_key`."""
+    wanted = settings(scheme, tuning) | {"seed": tuning.seed}
+    tokens = calibration.nsamples * calibration.seqlen
+    found: dict[tuple, list[float]] = {}
+    for path in sorted(results.glob("*/blocks/*.json")):
+        record = finished(path, BlockRecord)
+        if record is None or record.scheme != scheme.name or record.tokens != tokens:
+            continue
+        engine = tuning.engine if tuning.iters else "plain rounding"
+        if (record.engine, record.threads, record.device) != (engine, tuning.threads, tuning.device):
+            continue
+        if {**record.settings, "seed": tuning.seed} == wanted:
+            found.setdefault(shape_key(record.quantized), []).append(record.seconds)
+    return found
+
+
+def modelled_seconds(
+    structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning, rates: Rates
+) -> tuple[float, float]:
+    """Seconds of a quantize job by the model: (its iterations and the choice between two results, its passes)."""
+    length = calibration.seqlen
+    weights = sum(rows * columns for rows, columns in kind.linear_shapes.values())
+    batch = min(tuning.batch_size, calibration.nsamples)
+    work = pass_work(kind, structure.config, batch * length, length)
+    iterations = tuning.iters * tuning.gradient_accumulate_steps
+    seconds = rates.tuning_seconds(work, weights, iterations)
+    everything = pass_work(kind, structure.config, calibration.nsamples * length, length)
+    if tuning.iters and tuning.judges_by_samples:
+        batches = -(-calibration.nsamples // batch)
+        seconds += 2 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
+    return seconds, PASSES * everything * rates.pass_operation
+
+
+def reference_seconds(structure: Structure, calibration: Calibration, rates: Rates, chain: Path) -> tuple[float, str]:
+    """(seconds of all reference jobs, what they follow from): the records in `chain` where all are there."""
+    records = [finished(chain / f"routing_{block}.json", RoutingRecord) for block in range(structure.blocks)]
+    if all(records):
+        return sum(record.seconds for record in records), "measured: their last run"
+    tokens = (calibration.nsamples + calibration.heldout.nsamples) * calibration.seqlen
+    work = sum(
+        len(kind.blocks) * pass_work(kind, structure.config, tokens, calibration.seqlen) for kind in structure.kinds
+    )
+    return work * rates.pass_operation, f"model: matrix products alone, on the CPU ({rates.pass_machine})"

@@ -1,0 +1,371 @@
+"""A plan: what a build of a release will take and give, predicted offline from a lock, headers or a bare config.json.
+
+docs/plan.md says what each figure is and how exact.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from requant import structure
+from requant.checkpoint import INDEX, Checkpoint
+from requant.config import Calibration, Release, Target, TextSource
+from requant.deploy import why_decoded
+from requant.disk import chain_files, nearest_folder
+from requant.download import HubModel, bytes_to_come
+from requant.duration import read_rates, stages
+from requant.errors import RequantError
+from requant.locks import load_lock, tensors_of
+from requant.memory import cpu_bytes, gpu_bytes
+from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
+from requant.schemes import SCHEMES, Scheme
+from requant.structure import ReleaseSize, Structure
+from requant.targets import cache_bytes_per_token, cached_tokens, unsupported
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A release to be planned. source: directory of the model; lock: path of its lock, or None; repository: the fields
+    of its `download.HubModel` if it is from the hub."""
+
+    release: str
+    settings: Release
+    calibration: Calibration
+    target: Target
+    source: str
+    lock: str | None
+    repository: dict[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as far as it is known. files: names of its files, None if only config.json is; missing: bytes to come.
+
+    check: the rule that checks each file.
+    """
+
+    structure: Structure
+    files: list[str] | None
+    missing: int
+    check: str = "source_file"
+
+
+def source_of(directory: str, lock_path: str | None, repository: dict[str, str | None] | None = None) -> Source:
+    """The model in `directory`: from its lock, else from the headers of its shards, else from config.json alone.
+
+    Raises RequantError if there is neither a lock nor a config.json, or if they don't fit each other.
+    """
+    if lock_path is not None:
+        lock = load_lock(lock_path)
+        sizes = {name: entry.size for name, entry in lock.files.items()}
+        stored = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+        known = structure.from_tensors(lock.config, lock.tensors, stored, "lock")
+        if repository is not None:
+            return Source(known, sorted(sizes), bytes_to_come(HubModel(**repository), lock), "download")
+        missing = sum(size for name, size in sizes.items() if not (Path(directory) / name).exists())
+        return Source(known, sorted(sizes), missing)
+    checkpoint = Checkpoint(directory)
+    if not has_shards(checkpoint):
+        known = structure.from_config(checkpoint.config)
+        return Source(known, None, known.stored)
+    tensors = tensors_of(directory)
+    index = [INDEX] if (checkpoint.directory / INDEX).exists() else []
+    names = sorted({"config.json", *checkpoint.carried_files, *index, *checkpoint.shards})
+    stored = sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards)
+    return Source(structure.from_tensors(checkpoint.config, tensors, stored, "headers"), names, 0)
+
+
+def has_shards(checkpoint: Checkpoint) -> bool:
+    """Whether all shards of the checkpoint are there; RequantError if only some are."""
+    if not (checkpoint.directory / INDEX).exists():
+        return any(checkpoint.directory.glob("*.safetensors"))
+    there = [(checkpoint.directory / shard).exists() for shard in checkpoint.shards]
+    if any(there) and not all(there):
+        missing = checkpoint.shards[there.index(False)]
+        raise RequantError(f"{checkpoint.directory / missing}: not there; {INDEX} names it, and other shards are there")
+    return all(there)
+
+
+def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path) -> PlanRecord:
+    """The plan of one release. rates_path: what benchmarks/rates.py wrote; results: where earlier jobs left records.
+
+    Raises RequantError if nothing of the model would be quantized.
+    """
+    model, settings, calibration = source.structure, subject.settings, subject.calibration
+    scheme, tuning = SCHEMES[settings.scheme], settings.tuning
+    sizes = {name: model.release_size(other, settings.keep, settings.mtp == "drop") for name, other in SCHEMES.items()}
+    if not sizes[scheme.name].quantized:
+        reasons = ", ".join(scheme_plan(sizes[scheme.name]).kept) or "it has none"
+        raise RequantError(
+            f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
+        )
+    moe = [kind for kind in model.kinds if kind.experts]
+    found_stages = stages(
+        model,
+        subject.release,
+        settings.model,
+        settings.calibration,
+        calibration,
+        scheme,
+        tuning,
+        settings.keep,
+        read_rates(rates_path, tuning.device),
+        results,
+    )
+    return PlanRecord(
+        release=subject.release,
+        model=settings.model,
+        scheme=scheme.name,
+        basis=model.basis,
+        parameters=model.parameters,
+        activated_parameters=model.activated,
+        drafting_parameters=model.drafting,
+        drafting_if_stored=structure.drafting_if_stored(model),
+        blocks=model.blocks,
+        moe_blocks=sum(len(kind.blocks) for kind in moe),
+        routed_experts=max((kind.experts for kind in moe), default=0),
+        experts_per_token=model.experts_per_token,
+        source_bytes=model.stored,
+        download_bytes=source.missing,
+        schemes={name: scheme_plan(size) for name, size in sizes.items()},
+        disk=disk_plan(subject, model, sizes[scheme.name]),
+        cpu_bytes=cpu_bytes(model, calibration, scheme, tuning),
+        gpu_bytes=None if tuning.device == "cpu" else gpu_bytes(model, calibration, scheme, tuning),
+        jobs=jobs([subject], {settings.model: source}),
+        source_files_known=source.files is not None,
+        target=target_plan(subject, model, sizes[scheme.name].files, scheme),
+        stages=found_stages,
+    )
+
+
+def scheme_plan(size: ReleaseSize) -> SchemePlan:
+    """The record of a release's size; bits follow from the bytes that quantized weights and their scales take."""
+    kept = Counter(re.sub(r"\bconfig: keep .*", "config: keep", reason) for reason in size.kept.values())
+    return SchemePlan(
+        tensor_bytes=size.tensors,
+        file_bytes=size.files,
+        quantized_parameters=size.quantized,
+        bits_per_quantized_weight=8 * size.packed / max(size.quantized, 1),
+        kept=dict(sorted(kept.items())),
+    )
+
+
+def disk_plan(subject: Subject, model: Structure, size: ReleaseSize) -> DiskPlan:
+    """Bytes on disk of a build of this release alone."""
+    import shutil
+
+    settings = subject.settings
+    files = chain_files(subject.release, settings.model, settings.calibration, subject.calibration, model.config)
+    parts = {"tokens": 0, "reference": 0, "chain": 0}
+    for path, bytes_of_file in files.items():
+        part = {"calibration": "tokens", "reference": "reference"}.get(path.split("/")[1], "chain")
+        parts[part] += bytes_of_file
+    decoded = serves_decoded(subject, model)
+    parts |= {
+        "source": model.stored,
+        "shards": size.files,
+        "served": 2 * model.parameters if decoded else 0,
+    }
+    return DiskPlan(**parts, peak=sum(parts.values()), free=shutil.disk_usage(nearest_folder("results")).free)
+
+
+def serves_decoded(subject: Subject, model: Structure) -> bool:
+    """Whether the deploy stage makes a BF16 copy of the release to serve it."""
+    stored_format, moe = SCHEMES[subject.settings.scheme].format, any(kind.experts for kind in model.kinds)
+    return subject.target.engine == "transformers" and why_decoded(stored_format, moe, subject.target) is not None
+
+
+def target_plan(subject: Subject, model: Structure, released: int, scheme: Scheme) -> TargetPlan:
+    """How a release of `released` bytes fits its target. `transformers` holds BF16 values of all weights."""
+    target, packed = subject.target, subject.target.engine != "transformers"
+    weights = -(-(released if packed else 2 * model.parameters) // target.devices)
+    per_token = cache_bytes_per_token(model.config, target.devices)
+    tokens = cached_tokens(target, weights, per_token)
+    problem = unsupported(scheme, target)
+    limit = model.config.get("max_position_embeddings")
+    context = None if tokens is None else max(0, min(tokens // target.concurrency, limit or tokens))
+    wanted = target.context or limit or subject.calibration.seqlen
+    return TargetPlan(
+        target=subject.settings.deploy.target,
+        engine=target.engine,
+        device=target.device,
+        gpu=target.gpu,
+        devices=target.devices,
+        memory_bytes=None if target.memory_gb is None else round(target.memory_gb * 1e9),
+        problem=problem,
+        weights_bytes=weights,
+        weights="packed" if packed else "BF16",
+        cache_bytes_per_token=per_token,
+        cached_tokens=None if tokens is None else max(0, tokens),
+        concurrency=target.concurrency,
+        context=context,
+        context_wanted=wanted,
+        fits=None if context is None else problem is None and context >= wanted,
+    )
+
+
+def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, int]:
+    """Jobs by rule of a build of these releases from nothing, as `snakemake -n` counts them.
+
+    sources: by model. Files of a source that are not known are left out.
+    """
+    found: Counter[str] = Counter()
+    once: set[tuple] = set()
+    moe = False
+    for subject in subjects:
+        settings, source = subject.settings, sources[subject.settings.model]
+        blocks, model = source.structure.blocks, settings.model
+        found.update(quantize=blocks)
+        found.update(dict.fromkeys(PER_RELEASE, 1))
+        once |= {(source.check, model, name) for name in source.files or ()}
+        once |= {("source", model), ("benchmark_source", model, settings.benchmark)}
+        once |= {(rule, model, settings.calibration) for rule in ("calibrate", "embed")}
+        once |= {("reference", model, settings.calibration, block) for block in range(blocks)}
+        once |= {("demo_text", text.path) for text in texts(subject.calibration) if made_text(text)}
+        moe = moe or any(kind.experts for kind in source.structure.kinds)
+    found.update(Counter(key[0] for key in once))
+    found.update(["card", "plot_build", "all", *(["plot_experts"] if moe else [])])
+    return dict(sorted(found.items()))
+
+
+PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "plot_release", "release_card")
+
+
+def texts(calibration: Calibration) -> list[TextSource]:
+    """The texts of a calibration, held-out ones included."""
+    return [*calibration.sources, *(calibration.heldout.sources or [])]
+
+
+def made_text(text: TextSource) -> bool:
+    """Whether the graph makes that text."""
+    return Path(text.path).parts[:2] == ("results", "demo")
+
+
+def plan_build(subjects: list[Subject], rates_path: str | Path, results: Path) -> tuple[list[PlanRecord], str]:
+    """(the plans of a build's releases, each written to results/{release}/plan.json; all of them as one table)."""
+    sources: dict[str, Source] = {}
+    for subject in subjects:
+        if subject.settings.model not in sources:
+            sources[subject.settings.model] = source_of(subject.source, subject.lock, subject.repository)
+    records = []
+    for subject in subjects:
+        records.append(plan(subject, sources[subject.settings.model], rates_path, results))
+        path = results / subject.release / "plan.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, records[-1])
+    return records, table(records, jobs(subjects, sources))
+
+
+def table(records: list[PlanRecord], found: dict[str, int]) -> str:
+    """All plans side by side, a column a release. found: jobs of the whole build, by rule."""
+    import pandas
+
+    columns = {record.release: {"model": record.model} | rows(record) for record in records}
+    frame = pandas.DataFrame(columns)
+    lines = frame.to_string(justify="left", formatters=left_aligned(frame)).splitlines()
+    unknown = "" if all(record.source_files_known for record in records) else ", and one for each file of the source"
+    total = f"jobs of the whole build: {sum(found.values())}{unknown}; disk at its peak: {gb(build_peak(records))}"
+    notes = list(dict.fromkeys(note for record in records for note in remarks(record)))
+    return "\n".join([*(line.rstrip() for line in lines), total, *notes])
+
+
+def left_aligned(frame) -> dict:
+    """Formatters that fill each column of `frame` up with blanks on the right."""
+    widths = {column: max(len(column), *map(len, frame[column])) for column in frame}
+    return {column: f"{{:<{width}}}".format for column, width in widths.items()}
+
+
+def build_peak(records: list[PlanRecord]) -> int:
+    """Bytes on disk at the peak of the whole build: sources and reference chains once, BF16 copies one at a time."""
+    shared = {record.model: record.disk.source for record in records}
+    chains = {(record.model, record.disk.reference): record.disk.tokens + record.disk.reference for record in records}
+    own = sum(record.disk.chain + record.disk.shards for record in records)
+    return sum(shared.values()) + sum(chains.values()) + own + sum(record.disk.served for record in records)
+
+
+def rows(record: PlanRecord) -> dict[str, str]:
+    """What the table says of a release, by row."""
+    disk, largest = record.disk, max(record.cpu_bytes, key=record.cpu_bytes.get)
+    routed = (
+        f"{record.routed_experts}, {record.experts_per_token} a token, {record.moe_blocks} of {record.blocks} blocks"
+    )
+    found = {
+        "known from": "config.json alone" if record.basis == "config" else record.basis,
+        "parameters": billions(record.parameters),
+        "  active a token": billions(record.activated_parameters),
+        "experts a layer": routed if record.routed_experts else f"none, {record.blocks} blocks",
+        "source": gb(record.source_bytes),
+        "  not here yet": gb(record.download_bytes),
+    }
+    for name, size in record.schemes.items():
+        chosen = ", chosen" if name == record.scheme else ""
+        found[f"size in {name}"] = f"{gb(size.file_bytes)}, {size.bits_per_quantized_weight:.2f} bits{chosen}"
+    found |= {
+        "disk at the peak": gb(disk.peak),
+        "  hidden states": gb(disk.reference + disk.chain),
+        "  free here": gb(disk.free),
+        "largest job, CPU": f"{gb(record.cpu_bytes[largest])}, {largest}",
+        "  tuning a block": gb(record.cpu_bytes["quantize"]),
+        "largest job, GPU": "none" if record.gpu_bytes is None else gb(record.gpu_bytes),
+        "jobs": str(sum(record.jobs.values())),
+    }
+    found |= target_rows(record)
+    for stage in record.stages:
+        found[f"time: {stage.stage}"] = (
+            "not known" if stage.seconds is None else f"{duration(stage.seconds)}, {stage.basis.split(':')[0]}"
+        )
+    known = [stage.seconds for stage in record.stages if stage.seconds is not None]
+    found["time of what is known"] = duration(sum(known))
+    return found
+
+
+def target_rows(record: PlanRecord) -> dict[str, str]:
+    """What the table says of a release at its target."""
+    target = record.target
+    memory = "" if target.memory_bytes is None else f" of {gb(target.memory_bytes)}"
+    fits = "not known" if target.fits is None else "yes" if target.fits else "no"
+    return {
+        "target": target.target,
+        "  engine": f"{target.engine}, {target.devices} x {target.gpu or target.device}{memory}",
+        "  weights a device": f"{gb(target.weights_bytes)}, {target.weights}",
+        "  context": "not known" if target.context is None else f"{target.context:,} tokens x {target.concurrency}",
+        "  fits": "no, refused" if target.problem is not None else fits,
+    }
+
+
+def remarks(record: PlanRecord) -> list[str]:
+    """What a reader has to know beside the table."""
+    found = [f"{stage.stage}: {stage.basis}" for stage in record.stages if stage.seconds is not None]
+    kept, target = record.schemes[record.scheme].kept, record.target
+    if target.problem is not None:
+        found.append(f"{record.release}: {target.target}: {target.problem}")
+    elif target.fits is None:
+        found.append(f"{record.release}: {target.target}: what fits is not known: the target has no memory_gb")
+    elif not target.fits:
+        found.append(
+            f"{record.release}: {target.target}: {target.context_wanted:,} tokens x {target.concurrency} wanted"
+        )
+    found += [f"{record.release}: {count} Linears stay in BF16: {reason}" for reason, count in kept.items()]
+    if record.drafting_if_stored:
+        found.append(
+            f"{record.model}: config.json names a multi-token-prediction layer; if the checkpoint stores it, "
+            f"{billions(record.drafting_if_stored)} parameters more, {gb(2 * record.drafting_if_stored)} in BF16"
+        )
+    if record.disk.peak > record.disk.free + record.source_bytes - record.download_bytes:
+        found.append(f"{record.release}: the disk here has no room for this build")
+    return found
+
+
+def gb(count: int) -> str:
+    """Bytes for a person: GB of 10^9, or MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def billions(count: int) -> str:
+    return f"{count / 1e9:,.2f} billion" if count >= 1e8 else f"{count / 1e6:,.2f} million"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"

@@ -1,0 +1,51 @@
+"""What can't work, told before any job starts: by arithmetic on config.json and the config, without torch."""
+
+from typing import Any
+
+from requant.config import Calibration, Release
+from requant.errors import RequantError
+from requant.schemes import SCHEMES
+
+
+def widths(config: dict[str, Any]) -> dict[str, int]:
+    """Input widths of the Linears of a model's blocks, by the keys of config.json that they follow from."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    found = {"hidden_size": hidden}
+    for key in ("q_lora_rank", "kv_lora_rank", "moe_intermediate_size"):
+        if config.get(key):
+            found[key] = config[key]
+    if has_dense_blocks(config):
+        found["intermediate_size"] = config["intermediate_size"]
+    if "v_head_dim" in config:
+        return found | {"num_attention_heads x v_head_dim": heads * config["v_head_dim"]}
+    return found | {"num_attention_heads x head_dim": heads * (config.get("head_dim") or hidden // heads)}
+
+
+def has_dense_blocks(config: dict[str, Any]) -> bool:
+    """Whether a block has an MLP, or experts, of `intermediate_size`."""
+    if not config.get("moe_intermediate_size"):
+        return True
+    sparse_step = config.get("decoder_sparse_step") or 1
+    return bool(config.get("first_k_dense_replace") or config.get("mlp_only_layers") or sparse_step > 1)
+
+
+def check_group(name: str, release: Release, config: dict[str, Any]) -> None:
+    """Raises RequantError if the scheme's group divides no Linear of the model: nothing would be quantized."""
+    group = SCHEMES[release.scheme].group_size
+    found = widths(config)
+    if all(width % group for width in found.values()):
+        listed = ", ".join(f"{key} {width}" for key, width in found.items())
+        raise RequantError(
+            f"releases.{name}: scheme {release.scheme} has groups of {group} weights, which divide no width of model "
+            f"{release.model!r} ({listed}): nothing would be quantized; expected another scheme"
+        )
+
+
+def check_context(name: str, calibration: Calibration, model: str, config: dict[str, Any]) -> None:
+    """Raises RequantError if samples of `calibration`, called `name`, are longer than the model's context."""
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and calibration.seqlen > limit:
+        raise RequantError(
+            f"calibrations.{name}.seqlen: {calibration.seqlen}; expected {limit} or less, the context of model "
+            f"{model!r} (config.json: max_position_embeddings)"
+        )

@@ -1,0 +1,272 @@
+"""What a model consists of, from its config.json: kinds of blocks, their tensors, and tensors outside of blocks.
+
+One block of each kind is built on the meta device; no weight is read. A lock or headers, where there are any, say what
+the checkpoint really stores: multi-token prediction, dtypes, and that the blocks are those of config.json.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from requant import fp8
+from requant.architecture import EXPERT_TENSOR, block_of, is_drafting
+from requant.blocks import empty_block, empty_model
+from requant.errors import RequantError
+from requant.naming import entries, released_name
+from requant.quantize import choose_linears
+from requant.records import TensorEntry
+from requant.schemes import Scheme
+from requant.sizes import Shaped, file_bytes, released, tensor_bytes
+
+FLOAT32_TENSOR = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Blocks that are alike. blocks: their numbers; module: one of them on the meta device, experts split."""
+
+    blocks: tuple[int, ...]
+    module: nn.Module
+
+    @cached_property
+    def tensors(self) -> dict[str, Shaped]:
+        """The block's tensors as requant holds them, names without the block's prefix."""
+        return {
+            name: Shaped("F32" if name.endswith(FLOAT32_TENSOR) else "BF16", tuple(tensor.shape))
+            for name, tensor in self.module.state_dict().items()
+        }
+
+    @cached_property
+    def elements(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape [out, in] of each Linear, experts included."""
+        return {
+            name: tuple(module.weight.shape)
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    @cached_property
+    def expert_elements(self) -> int:
+        """Elements of all routed experts."""
+        return sum(tensor.elements for name, tensor in self.tensors.items() if EXPERT_TENSOR.fullmatch(name))
+
+    @cached_property
+    def experts(self) -> int:
+        found = {match[1] for name in self.tensors if (match := EXPERT_TENSOR.fullmatch(name))}
+        return len(found)
+
+    def linears(self, block: int, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
+        """What `choose_linears` gives for block `block`: Linears to quantize, and those left with their reasons."""
+        return choose_linears(self.module, f"model.layers.{block}.", scheme, keep)
+
+    def named(self, block: int) -> dict[str, Shaped]:
+        """The tensors of block `block`, whole names."""
+        return {f"model.layers.{block}.{name}": tensor for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model. outside: tensors of no block, as the checkpoint stores them.
+
+    basis: what the figures come from: `lock`, `headers`, or `config` alone. stored: bytes of the checkpoint's shards,
+    headers not counted if they follow from the config alone.
+    """
+
+    config: dict[str, Any]
+    basis: str
+    kinds: tuple[Kind, ...]
+    outside: dict[str, Shaped]
+    stored: int
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(kind.blocks) for kind in self.kinds)
+
+    @property
+    def parameters(self) -> int:
+        return sum(len(kind.blocks) * kind.elements for kind in self.kinds) + elements(self.outside)
+
+    @property
+    def drafting(self) -> int:
+        """Parameters of the multi-token prediction that the checkpoint stores."""
+        return elements({name: entry for name, entry in self.outside.items() if is_drafting(name, self.blocks)})
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.config.get("num_experts_per_tok", 0) if any(kind.experts for kind in self.kinds) else 0
+
+    @property
+    def activated(self) -> int:
+        """Parameters used for one token: all but experts that are not chosen, and multi-token prediction."""
+        idle = sum(
+            len(kind.blocks) * kind.expert_elements * (kind.experts - self.experts_per_token) // kind.experts
+            for kind in self.kinds
+            if kind.experts
+        )
+        return self.parameters - idle - self.drafting
+
+    def release_size(self, scheme: Scheme, keep: list[str], drop_drafting: bool = False) -> "ReleaseSize":
+        """What a release of `scheme` that keeps the Linears of `keep` has: a shard a block, and one for the rest.
+
+        drop_drafting: leave out multi-token prediction. Blocks of a kind whose numbers have as many digits, and that
+        keep the same Linears, have the same size.
+        """
+        wanted = {
+            name: entry
+            for name, entry in self.outside.items()
+            if not (drop_drafting and is_drafting(name, self.blocks))
+        }
+        outside = released(wanted, [], scheme)
+        size = ReleaseSize([], self.shard_bytes(outside), tensor_bytes(outside))
+        known: dict[tuple, tuple[int, int, int, int]] = {}
+        of_kind = {block: kind for kind in self.kinds for block in kind.blocks}
+        for block, kind in sorted(of_kind.items()):
+            linears, kept = kind.linears(block, scheme, keep)
+            prefix = f"model.layers.{block}."
+            key = (kind.blocks, len(prefix), tuple(name.removeprefix(prefix) for name in linears))
+            if key not in known:
+                source = kind.named(block)
+                stored = released(source, linears, scheme)
+                shapes = [kind.linear_shapes[name.removeprefix(prefix)] for name in linears]
+                quantized = sum(rows * columns for rows, columns in shapes)
+                packed = tensor_bytes({name: found for name, found in stored.items() if name not in source})
+                known[key] = (self.shard_bytes(stored), tensor_bytes(stored), quantized, packed)
+            files, values, quantized, packed = known[key]
+            size.blocks.append(files)
+            size.tensors += values
+            size.quantized += quantized
+            size.packed += packed
+            size.kept |= kept
+        return size
+
+    def shard_bytes(self, tensors: dict[str, Shaped]) -> int:
+        """Bytes of a shard of these tensors, under the names that they have in a release."""
+        return file_bytes({released_name(name, self.config): tensor for name, tensor in tensors.items()})
+
+
+@dataclass
+class ReleaseSize:
+    """Bytes of a release. blocks: of each block's shard; rest: of the last one; tensors: of all values, no headers.
+
+    quantized: parameters of the quantized weights; packed: bytes of what stands for them; kept: Linears left in BF16,
+    with the reason of each.
+    """
+
+    blocks: list[int]
+    rest: int
+    tensors: int
+    quantized: int = 0
+    packed: int = 0
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(self.blocks) + self.rest
+
+
+def elements(tensors: dict[str, Shaped]) -> int:
+    """Number of all elements."""
+    return sum(tensor.elements for tensor in tensors.values())
+
+
+def kinds_of(config: dict[str, Any]) -> tuple[tuple[Kind, ...], dict[str, Shaped]]:
+    """(the kinds of blocks, the tensors of no block) of the model with this config.json, weights in BF16.
+
+    A head that is tied to the embedding is not among them.
+    """
+    model = empty_model(config)
+    alike: dict[tuple, list[int]] = {}
+    for number, layer in enumerate(model.model.layers):
+        shape = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
+        alike.setdefault(shape, []).append(number)
+    kinds = tuple(
+        Kind(tuple(numbers), empty_block(type(model.model.layers[numbers[0]]), model.config, numbers[0]))
+        for numbers in alike.values()
+    )
+    outside = {
+        name: Shaped("BF16", tuple(tensor.shape))
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("model.layers.")
+    }
+    if model.config.tie_word_embeddings:
+        outside.pop("lm_head.weight", None)
+    return kinds, outside
+
+
+def from_config(config: dict[str, Any]) -> Structure:
+    """The model as config.json alone describes it; multi-token prediction, which transformers has none of, left out."""
+    kinds, outside = kinds_of(config)
+    stored = sum(len(kind.blocks) * source_bytes(kind, config) for kind in kinds)
+    return Structure(config, "config", kinds, outside, stored + sum(tensor.bytes for tensor in outside.values()))
+
+
+def from_tensors(config: dict[str, Any], tensors: dict[str, TensorEntry], stored: int, basis: str) -> Structure:
+    """The model whose checkpoint has these `tensors`, in shards of `stored` bytes in all.
+
+    tensors: by the names in the files. Raises RequantError naming the first tensor of a block that config.json does not
+    have, or gives another shape.
+    """
+    kinds, _ = kinds_of(config)
+    blocks = sum(len(kind.blocks) for kind in kinds)
+    expected = {name: tensor for kind in kinds for block in kind.blocks for name, tensor in kind.named(block).items()}
+    held = entries(fp8.without_scales(tensors), config)
+    found = {name: Shaped(entry.dtype, tuple(entry.shape)) for name, entry in held.items()}
+    inside = {name: tensor for name, tensor in found.items() if block_of(name, blocks) is not None}
+    for name in sorted(expected.keys() | inside.keys()):
+        wanted = list(expected[name].shape) if name in expected else "no such tensor"
+        shape = list(inside[name].shape) if name in inside else "no such tensor"
+        if wanted != shape:
+            raise RequantError(f"{name}: {shape} in the {basis}; config.json gives {wanted}")
+    return Structure(
+        config, basis, kinds, {name: tensor for name, tensor in found.items() if name not in inside}, stored
+    )
+
+
+def source_bytes(kind: Kind, config: dict[str, Any]) -> int:
+    """Bytes of a block of that kind in the checkpoint: BF16, or FP8 with a float32 scale a tile if config.json says so.
+
+    In FP8 checkpoints, routers and an indexer's `weights_proj` are BF16.
+    """
+    fp8 = config.get("quantization_config") or {}
+    rows, columns = fp8.get("weight_block_size") or (0, 0)
+    total = sum(tensor.bytes for tensor in kind.tensors.values())
+    if fp8.get("quant_method") != "fp8" or not rows:
+        return total
+    for name, (out, width) in kind.linear_shapes.items():
+        if not name.endswith("indexer.weights_proj"):
+            total += -(-out // rows) * -(-width // columns) * 4 - out * width
+    return total
+
+
+def drafting_if_stored(structure: Structure) -> int:
+    """Elements of the multi-token prediction that config.json names and a config alone can't tell to be stored.
+
+    A layer has a block like the last one, three norms, a projection of two widths to one, an embedding and a head
+    (DeepSeek-V3, arXiv 2412.19437; GLM-4 MoE stores it alike).
+    """
+    layers = structure.config.get("num_nextn_predict_layers") or 0
+    if structure.basis != "config" or not layers:
+        return 0
+    width, vocabulary = structure.config["hidden_size"], structure.config["vocab_size"]
+    last = max(structure.kinds, key=lambda kind: kind.blocks[-1])
+    return layers * (last.elements + 3 * width + 2 * width * width + 2 * vocabulary * width)
+
+
+def pass_work(kind: Kind, config: dict[str, Any], tokens: int, length: int) -> float:
+    """Floating-point operations of one pass of a block over `tokens` tokens in samples of `length`, products alone."""
+    experts_per_token = config.get("num_experts_per_tok", 0)
+    active = sum(rows * columns for rows, columns in kind.linear_shapes.values())
+    if kind.experts:
+        active -= kind.expert_elements * (kind.experts - experts_per_token) // kind.experts
+    heads = config["num_attention_heads"]
+    nope, rope = config.get("qk_nope_head_dim"), config.get("qk_rope_head_dim", 0)
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    per_head = nope + rope + config["v_head_dim"] if nope else 2 * head_dim
+    return 2.0 * tokens * (active + heads * per_head * length / 2)

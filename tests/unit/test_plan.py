@@ -1,0 +1,283 @@
+"""Plans: real models against published figures, whole layouts to the byte, presets from a bare config.json."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from requant.config import parse
+from requant.errors import RequantError
+from requant.locks import elements, tensors_of, write_lock
+from requant.plan import Subject, plan, plan_build, source_of
+from requant.records import BlockRecord, PlanRecord, TensorEntry, read_json, write_json
+from requant.schemes import SCHEMES
+from requant.sizes import Shaped
+from requant.structure import drafting_if_stored, from_config, from_tensors
+from requant.tuned import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+RATES = ROOT / "benchmarks" / "results" / "rates.json"
+V32 = "deepseek-ai--DeepSeek-V3.2"
+
+
+def real_config(name: str, **changes) -> dict:
+    """The config.json of a real model."""
+    path = SHARED / "model-configs" / name / "config.json"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return json.loads(path.read_text()) | changes
+
+
+def layout(name: str) -> dict:
+    """Each shard of a real checkpoint."""
+    path = SHARED / name / "shards.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    return [json.loads(line) for line in gzip.open(path, "rt")]
+
+
+def config_of(**changes) -> dict:
+    data = yaml.safe_load((ROOT / "config.yaml").read_text())
+    return data | changes
+
+
+def subject(data: dict, release: str, directory: Path, lock: Path | None = None) -> Subject:
+    config = parse(data)
+    found = config.releases[release]
+    calibration, target = config.calibrations[found.calibration], config.targets[found.deploy.target]
+    return Subject(release, found, calibration, target, str(directory), lock and str(lock))
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("deepseek_v3", "qwen3_moe", "llama", "qwen3"):
+        tiny.write_checkpoint(folder / family, family)
+    return folder
+
+
+# Real models
+
+
+@pytest.mark.parametrize(
+    "name,total,active",
+    [
+        ("deepseek-ai--DeepSeek-V3", 671.0, 37.55),
+        ("Qwen--Qwen3-235B-A22B", 235.1, 22.19),
+        ("Qwen--Qwen3-30B-A3B", 30.53, 3.35),
+    ],
+)
+def test_parameters_are_the_published_ones(name, total, active):
+    """671 and 37, 235 and 22, 30.5 and 3.3 billion."""
+    structure = from_config(real_config(name))
+    assert structure.parameters / 1e9 == pytest.approx(total, rel=5e-4)
+    assert structure.activated / 1e9 == pytest.approx(active, rel=5e-3)
+
+
+@pytest.mark.parametrize("experts,scheme,size", [(192, "NVFP4", 288), (128, "W3A16", 138)])
+def test_the_public_releases_have_their_published_size(experts, scheme, size):
+    structure = from_config(real_config(V32, n_routed_experts=experts))
+    release = structure.release_size(SCHEMES[scheme], [])
+    assert int(release.files / 1e9 + (0.5 if size == 138 else 0)) == size
+    assert {192: 508.4, 128: 344.9}[experts] == round(structure.parameters / 1e9, 1)
+    assert 0 < release.files - release.tensors < 30e6, "headers"
+
+
+def test_a_real_fp8_checkpoint_is_counted_to_the_byte_from_its_tensors_and_from_config_alone():
+    shards = layout("deepseek-v3-layout")
+    config = real_config("deepseek-ai--DeepSeek-V3")
+    tensors = {
+        name: TensorEntry(dtype=dtype, shape=shape, shard=shard["file"], offset=0)
+        for shard in shards
+        for name, dtype, shape in shard["tensors"]
+    }
+    assert sum(elements(entry) for entry in tensors.values()) == 684_531_386_000
+    stored = sum(shard["bytes"] for shard in shards)
+    known, guessed = from_tensors(config, tensors, stored, "lock"), from_config(config)
+    scales = sum(elements(entry) for name, entry in tensors.items() if name.endswith("_scale_inv"))
+    assert known.parameters == 684_531_386_000 - scales
+    assert known.stored == 688_586_727_753
+    assert known.drafting == known.parameters - guessed.parameters == drafting_if_stored(guessed)
+    assert known.activated == guessed.activated
+    without = {name: entry for name, entry in tensors.items() if not name.startswith("model.layers.61.")}
+    assert guessed.stored == sum(Shaped(entry.dtype, tuple(entry.shape)).bytes for entry in without.values())
+    release, smaller = (model.release_size(SCHEMES["NVFP4"], []) for model in (known, guessed))
+    assert release.blocks == smaller.blocks
+    assert release.tensors - smaller.tensors == 2 * known.drafting + 2 * 256, "BF16, but for 256 biases in float32"
+
+
+def test_a_real_layout_has_the_names_and_bytes_that_its_config_gives():
+    names = {name for shard in layout("qwen3-30b-a3b-index") for name in shard_names(shard)}
+    structure = from_config(real_config("Qwen--Qwen3-30B-A3B"))
+    predicted = {name for kind in structure.kinds for block in kind.blocks for name in kind.named(block)}
+    assert predicted | structure.outside.keys() == names
+    assert structure.stored == 61_064_245_248
+
+
+def shard_names(shard: dict) -> list[str]:
+    return [tensor if isinstance(tensor, str) else tensor[0] for tensor in shard["tensors"]]
+
+
+# Presets
+
+
+def preset(path: Path) -> dict:
+    """config.yaml extended by a preset, as Snakemake merges them."""
+    data, found = config_of(), yaml.safe_load(path.read_text())
+    for section, entries in found.items():
+        data[section] = {**data[section], **entries} if isinstance(data.get(section), dict) else entries
+    return data
+
+
+PRESETS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_pass_the_schema(path):
+    config = parse(preset(path))
+    assert all(release not in ("demo-nvfp4", "demo-w3a16") for release in config.build)
+    for name in config.build:
+        assert config.calibrations[config.releases[name].calibration].nsamples == 512
+    assert f"--configfile config/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("stem,experts,size", [("508b-nvfp4", 192, 288.8), ("345b-w3a16", 128, 137.8)])
+def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
+    data = preset(ROOT / "config" / f"deepseek-v3.2-{stem}.yaml")
+    (name,) = data["build"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(real_config(V32, n_routed_experts=experts)))
+    records, table = plan_build([subject(data, name, folder)], RATES, tmp_path / "results")
+    record = read_json(tmp_path / "results" / name / "plan.json", PlanRecord)
+    assert record == records[0] and record.basis == "config"
+    assert record.schemes[record.scheme].file_bytes / 1e9 == pytest.approx(size, abs=0.2)
+    assert record.target.problem is None and record.target.fits
+    assert 60e9 < record.gpu_bytes < 80e9 if experts == 192 else 45e9 < record.gpu_bytes < 60e9
+    assert record.disk.reference == pytest.approx(62 * (512 + 64) * 2048 * 7168 * 2, rel=1e-6)
+    assert {stage.stage: stage.jobs for stage in record.stages}["quantize"] == 61
+    assert "H100" in next(stage.basis for stage in record.stages if stage.stage == "quantize")
+    assert "config alone" not in table and "config.json alone" in table and "chosen" in table
+    assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known
+
+
+# Tiny models
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "llama", "qwen3"])
+def test_lock_headers_and_bare_config_give_the_same_release(tiny_models, tmp_path, family):
+    folder, bare = tiny_models / family, tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
+    write_lock("m", folder, tmp_path / "m.json")
+    found = [source_of(str(folder), str(tmp_path / "m.json")), source_of(str(folder), None), source_of(str(bare), None)]
+    assert [source.structure.basis for source in found] == ["lock", "headers", "config"]
+    assert [source.missing for source in found[:2]] == [0, 0] and found[2].missing == found[2].structure.stored
+    assert found[0].files == found[1].files and found[2].files is None
+    for scheme in SCHEMES.values():
+        sizes = [source.structure.release_size(scheme, [r"\.0\..*o_proj$"]) for source in found]
+        assert sizes[0] == sizes[1] == sizes[2]
+        assert any("keep" in reason for reason in sizes[0].kept.values())
+    assert len({source.structure.parameters for source in found}) == 1
+    counted = sum(elements(entry) for entry in tensors_of(str(folder)).values())
+    assert found[2].structure.parameters == counted
+
+
+def test_a_lock_tells_what_is_still_to_be_downloaded(tiny_models, tmp_path):
+    write_lock("m", tiny_models / "qwen3", tmp_path / "m.json")
+    source = source_of(str(tmp_path / "nowhere"), str(tmp_path / "m.json"))
+    assert source.missing == sum(path.stat().st_size for path in (tiny_models / "qwen3").iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_named(tiny_models, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for path in (tiny_models / "qwen3").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    with pytest.raises(RequantError, match=r"layers\.0\.mlp\.down_proj\.weight: \[128, 256\] in the headers; conf"):
+        source_of(str(folder), None)
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.unlink()
+    with pytest.raises(RequantError, match=f"{shard.name}: not there"):
+        source_of(str(folder), None)
+
+
+def test_neither_lock_nor_config_is_one_line(tmp_path):
+    with pytest.raises(RequantError, match="config.json: not there"):
+        source_of(str(tmp_path), None)
+
+
+def test_a_release_that_quantizes_nothing_is_refused(tiny_models):
+    data = config_of(releases={"r": {"model": "demo-moe", "scheme": "NVFP4", "keep": ["."]}}, build=["r"])
+    with pytest.raises(RequantError, match=r"releases\.r: no Linear of 'demo-moe' would be quantized \(config: keep"):
+        plan(subject(data, "r", tiny_models / "qwen3"), source_of(str(tiny_models / "qwen3"), None), RATES, Path("no"))
+
+
+def test_seconds_come_from_jobs_of_the_same_kind_where_there_are_any(tiny_models, tmp_path):
+    data = config_of(releases={"r": {"model": "demo-moe", "scheme": "W3A16", "calibration": "demo"}}, build=["r"])
+    found = subject(data, "r", tiny_models / "deepseek_v3")
+    source = source_of(found.source, None)
+    results = tmp_path / "results"
+
+    def quantize():
+        record = plan(found, source, RATES, results)
+        return next(stage for stage in record.stages if stage.stage == "quantize")
+
+    modelled = quantize()
+    assert modelled.basis.startswith("model: tuning on Intel") and modelled.seconds > 0
+    dense, moe = source.structure.kinds
+    for block, seconds in ((0, 1000.0), (1, 3000.0), (2, 5000.0)):
+        kind = dense if block in dense.blocks else moe
+        linears, kept = kind.linears(block, SCHEMES["W3A16"], [])
+        shapes = {f"{name}.weight": kind.linear_shapes[name.split(".", 3)[3]] for name in linears}
+        write_trace(results / "other" / "blocks" / f"{block}.json", found, block, seconds, shapes)
+    measured = quantize()
+    assert measured.basis == "measured: 3 such jobs in results/"
+    assert measured.seconds == 1000 + 2 * 4000
+    (results / "other/blocks/0.json").unlink()
+    assert "2 of 3 blocks measured" in quantize().basis and 8000 < quantize().seconds < 9000
+    changed = data["releases"]["r"] | {"tuning": {"iters": 100}}
+    found = subject(data | {"releases": {"r": changed}}, "r", tiny_models / "deepseek_v3")
+    assert quantize().basis.startswith("model: tuning on Intel")
+    changed["tuning"] = {"engine": "auto_round"}
+    found = subject(data | {"releases": {"r": changed}}, "r", tiny_models / "deepseek_v3")
+    assert quantize().seconds is None
+
+
+def write_trace(path: Path, found: Subject, block: int, seconds: float, shapes: dict) -> None:
+    """The record of a tuned block, as far as plans read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scheme, tuning = SCHEMES[found.settings.scheme], found.settings.tuning
+    record = BlockRecord(
+        release="other",
+        block=block,
+        kind="dense" if block == 0 else "moe",
+        scheme=scheme.name,
+        engine="fused",
+        engine_version="0",
+        settings=settings(scheme, tuning) | {"seed": tuning.seed},
+        seed=1,
+        loss_initial=1.0,
+        loss_best=0.5,
+        best_iteration=1,
+        iterations=tuning.iters,
+        losses=[1.0, 0.5],
+        quantized={name: list(shape) for name, shape in shapes.items()},
+        kept={},
+        shared_global_scale=[],
+        tokens_per_expert=[],
+        never_reached=[],
+        tokens=found.calibration.nsamples * found.calibration.seqlen,
+        seconds=seconds,
+        peak_memory_bytes=1,
+        threads=tuning.threads,
+        device=tuning.device,
+        libraries={},
+    )
+    write_json(path, record)

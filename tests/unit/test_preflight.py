@@ -1,0 +1,203 @@
+"""What is refused before any job starts: each fault is one line, and what can work is let through."""
+
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from requant.config import Calibration, Release, Target, parse
+from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, tokens_bytes
+from requant.errors import RequantError
+from requant.preflight import check_context, check_group
+from requant.schemes import SCHEMES
+from requant.targets import cache_bytes_per_token, cached_tokens, check_deployable, check_scheme, unsupported
+
+DENSE = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128, "num_key_value_heads": 2}
+DENSE |= {"intermediate_size": 3072, "num_hidden_layers": 10, "max_position_embeddings": 4096}
+MLA = {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
+MLA |= {"qk_rope_head_dim": 64, "num_hidden_layers": 61, "num_key_value_heads": 128, "moe_intermediate_size": 2048}
+
+
+def gpu(engine: str, architecture: str, **keys) -> Target:
+    return Target(engine=engine, device="cuda", gpu=architecture, **keys)
+
+
+# Targets
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_nvfp4_needs_a_gpu_with_fp4_products(engine):
+    for architecture in ("sm80", "sm89", "sm90"):
+        with pytest.raises(RequantError) as raised:
+            check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
+        assert str(raised.value) == (
+            f"releases.r: scheme NVFP4 can't be served at target 'here': {engine} serves NVFP4 (4-bit activations) on "
+            f"sm100 or later, found gpu: {architecture}; expected another scheme, or another deploy.target"
+        )
+    for architecture in ("sm100", "sm103", "sm120"):
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_integers_of_three_bits_have_no_kernels_there(engine):
+    with pytest.raises(RequantError, match=f"{engine} serves integers of 4 and 8 bits, found W3A16"):
+        check_scheme("r", SCHEMES["W3A16"], "here", gpu(engine, "sm90"))
+    for name in ("W4A16", "W8A16"):
+        check_scheme("r", SCHEMES[name], "here", gpu(engine, "sm90"))
+
+
+def test_transformers_serves_every_scheme():
+    assert [unsupported(scheme, Target()) for scheme in SCHEMES.values()] == [None] * len(SCHEMES)
+
+
+def test_the_deploy_stage_refuses_engines_that_it_cannot_start():
+    check_deployable("r", "cpu-transformers", Target())
+    with pytest.raises(RequantError, match=r"releases\.r\.deploy\.target: 'x' has engine sglang; .*results/r/evaluate"):
+        check_deployable("r", "x", gpu("sglang", "sm120"))
+
+
+@pytest.mark.parametrize(
+    "keys,line",
+    [
+        ({"engine": "sglang"}, "targets.x.device: 'cpu': engine sglang is planned for on GPUs only; expected cuda"),
+        (
+            {"engine": "vllm", "device": "cuda"},
+            "targets.x.gpu: missing: which formats vllm serves depends on it; expected sm90, sm120, ...",
+        ),
+        ({"devices": 2}, "targets.x.device: 'cpu': `gpu` and `devices` describe GPUs; expected cuda"),
+        ({"gpu": "H100"}, "targets.x.gpu: 'H100'; expected: String should match pattern '^sm\\d{2,3}$'"),
+    ],
+)
+def test_a_target_that_makes_no_sense_is_one_line(keys, line):
+    data = {"models": {"m": {"path": "m"}}, "releases": {"r": {"model": "m", "scheme": "NVFP4"}}, "build": ["r"]}
+    with pytest.raises(RequantError) as raised:
+        parse(data | {"targets": {"x": keys}})
+    assert str(raised.value) == f"config: {line}"
+
+
+def test_kv_cache_of_a_token():
+    """GQA: a key and a value a head, heads shared out, one at least a device. MLA: latents, whole on each device."""
+    assert cache_bytes_per_token(DENSE, 1) == 10 * 2 * 2 * 128 * 2
+    assert cache_bytes_per_token(DENSE, 2) == cache_bytes_per_token(DENSE, 8) == 10 * 2 * 128 * 2
+    assert cache_bytes_per_token(MLA, 1) == cache_bytes_per_token(MLA, 8) == 61 * (512 + 64) * 2
+    assert cache_bytes_per_token(MLA | {"index_head_dim": 128}, 8) == 61 * (512 + 64 + 128) * 2
+    without_head_dim = {key: value for key, value in DENSE.items() if key != "head_dim"}
+    assert cache_bytes_per_token(without_head_dim, 1) == cache_bytes_per_token(DENSE, 1)
+
+
+def test_cached_tokens_are_what_is_left_beside_the_weights():
+    target = gpu("sglang", "sm120", devices=8, memory_gb=96, memory_fraction=0.5)
+    assert cached_tokens(target, 40_000_000_000, 1_000_000) == 8_000
+    assert cached_tokens(target, 50_000_000_000, 1_000_000) < 0
+    assert cached_tokens(Target(), 1, 1) is None
+
+
+# Groups and context
+
+
+def test_a_group_that_divides_no_width_is_refused_with_the_widths():
+    narrow = DENSE | {"hidden_size": 96, "head_dim": 12, "intermediate_size": 160}
+    check_group("r", Release(model="m", scheme="NVFP4"), narrow)
+    with pytest.raises(RequantError) as raised:
+        check_group("r", Release(model="m", scheme="W4A16"), narrow)
+    assert str(raised.value) == (
+        "releases.r: scheme W4A16 has groups of 128 weights, which divide no width of model 'm' (hidden_size 96, "
+        "intermediate_size 160, num_attention_heads x head_dim 96): nothing would be quantized; expected another scheme"
+    )
+    check_group("r", Release(model="m", scheme="W4A16"), narrow | {"intermediate_size": 256})
+
+
+def test_a_width_that_no_block_has_is_no_reason_to_let_a_group_through():
+    moe = DENSE | {"hidden_size": 96, "head_dim": 12, "intermediate_size": 256, "moe_intermediate_size": 32}
+    with pytest.raises(RequantError, match="moe_intermediate_size 32"):
+        check_group("r", Release(model="m", scheme="W4A16"), moe)
+    check_group("r", Release(model="m", scheme="W4A16"), moe | {"first_k_dense_replace": 1})
+    check_group("r", Release(model="m", scheme="W4A16"), MLA)
+
+
+def test_samples_longer_than_the_context_are_refused():
+    check_context("c", Calibration(seqlen=4096), "m", DENSE)
+    with pytest.raises(RequantError) as raised:
+        check_context("c", Calibration(seqlen=4097), "m", DENSE)
+    assert str(raised.value) == (
+        "calibrations.c.seqlen: 4097; expected 4096 or less, the context of model 'm' "
+        "(config.json: max_position_embeddings)"
+    )
+
+
+# Disk
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CALIBRATION = Calibration(nsamples=64, seqlen=32, heldout={"nsamples": 8})
+
+
+def chain() -> dict[str, int]:
+    return chain_files("r", "m", "c", CALIBRATION, DENSE)
+
+
+def test_a_chain_has_a_file_a_block_and_the_embeddings(here):
+    files = chain()
+    assert len(files) == 1 + 11 + 10
+    states = 64 * 32 * 1024 * 2
+    assert states < files["results/r/chain/9.safetensors"] == hidden_bytes(CALIBRATION, 1024, False) < states + 200
+    assert files["results/reference/m/c/embedded.safetensors"] - hidden_bytes(CALIBRATION, 1024, True) == 0
+    assert tokens_bytes(CALIBRATION) - 72 * 32 * 5 < 500
+
+
+def test_only_files_that_are_not_there_are_still_to_come(here):
+    everything = files_to_come("r", chain(), 10, 4000, 4)
+    assert sum(everything.values()) == sum(chain().values()) + 10 * 100
+    done = here / "results/r/chain/0.safetensors"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    assert everything.keys() - files_to_come("r", chain(), 10, 4000, 4).keys() == {"results/r/chain/0.safetensors"}
+
+
+def test_deleted_chains_of_a_finished_release_are_not_to_come(here):
+    (here / "results/r").mkdir(parents=True)
+    (here / "results/r/pack.json").touch()
+    assert files_to_come("r", chain(), 10, 4000, 4) != {}
+    (here / "results/r/evaluate.json").touch()
+    assert files_to_come("r", chain(), 10, 4000, 4) == {}
+
+
+def test_too_little_disk_is_one_line_with_both_figures(here, monkeypatch):
+    files = chain()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, sum(files.values())))
+    check_room(files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, sum(files.values()) - 1))
+    with pytest.raises(RequantError) as raised:
+        check_room(files)
+    assert str(raised.value) == (
+        f"{here}: 0.1 GB free; what is still to be written there takes 0.1 GB at least "
+        "(`snakemake --cores 1 plan` has it by kind)"
+    )
+    check_room({})
+
+
+def test_each_disk_counts_its_own_files(here, monkeypatch):
+    """A folder of results on another disk, by a link or a mount."""
+    (here / "results/reference").mkdir(parents=True)
+    real = os.stat
+
+    def stat(path, **keys):
+        found = real(path, **keys)
+        return namedtuple("result", "st_dev st_mode")(2 if "reference" in str(path) else 1, found.st_mode)
+
+    usage = namedtuple("usage", "total used free")
+    own, shared = hidden_bytes(CALIBRATION, 1024, False), hidden_bytes(CALIBRATION, 1024, True)
+    free = {True: 11 * shared, False: 10 * own + tokens_bytes(CALIBRATION)}
+    monkeypatch.setattr("requant.disk.os.stat", stat)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free["reference" in str(path)]))
+    check_room(chain())
+    free[True] -= 1
+    with pytest.raises(RequantError, match="results/reference: "):
+        check_room(chain())
