@@ -46,8 +46,8 @@ def files_to_come(release: str, chain: dict[str, int], blocks: int, stored: int,
     """Files that a build of `release` still has to write, with sizes it can't stay below.
 
     chain: what `chain_files` gives. A weight takes `weight_bits` in the release at least, and two of the `stored` bytes
-    of the source's shards at most. Nothing is to come of a release that has been packed and evaluated: its chains may have
-    been deleted since.
+    of the source's shards at most. Nothing is to come of a release that has been packed and evaluated: its chains may
+    have been deleted since.
     """
     if all(Path(f"results/{release}/{stage}.json").exists() for stage in ("pack", "evaluate")):
         return {}
