@@ -1,7 +1,9 @@
 """FP8 sources: decoded as the format says while they are read, counted once, and refused where they don't fit."""
 
+import gzip
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from requant import fp8
+from requant.architecture import is_drafting
 from requant.benchmark import _whole_model
 from requant.checkpoint import INDEX, Checkpoint
 from requant.errors import RequantError
-from requant.locks import check_file, check_stored, make_lock, source_record, tensors_of
+from requant.locks import check_file, check_stored, elements, make_lock, source_record, tensors_of
+from requant.records import TensorEntry
 
+DATA = Path(__file__).parents[3] / "shared" / "data"
 RAGGED = {"hidden_size": 192, "moe_intermediate_size": 192, "num_hidden_layers": 2}
 
 
@@ -204,3 +209,21 @@ def test_config_and_tensors_have_to_agree_that_it_is_fp8(broken, pair, tmp_path)
     plain = shutil.copytree(pair[1], tmp_path / "bf16")
     (plain / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     assert "quantization_config.quant_method: 'fp8'; no tensor is stored in F8_E4M3" in refusal(plain)
+
+
+def test_the_true_layout_of_deepseek_v3_fits_its_config():
+    layout, config = DATA / "deepseek-v3-layout/shards.jsonl.gz", DATA / "model-configs/deepseek-ai--DeepSeek-V3"
+    if not layout.exists():
+        pytest.skip(f"needs {layout}")
+    tensors = {}
+    with gzip.open(layout, "rt") as lines:
+        for shard in map(json.loads, lines):
+            for name, dtype, shape in shard["tensors"]:
+                tensors[name] = TensorEntry(dtype=dtype, shape=shape, shard=shard["file"], offset=0)
+    check_stored("DeepSeek-V3", json.loads((config / "config.json").read_text()), tensors)
+    assert sum(map(elements, tensors.values())) == 684_531_386_000 and len(tensors) == 91_991
+    weights = fp8.without_scales(tensors)
+    scales = {fp8.weight_of(name) for name in tensors.keys() - weights.keys()}
+    assert scales == {name for name, entry in tensors.items() if entry.dtype == "F8_E4M3"}
+    main = sum(elements(entry) for name, entry in weights.items() if not is_drafting(name, 61))
+    assert round(main / 1e9) == 671, "the published size, multi-token prediction left out"

@@ -129,7 +129,7 @@ def test_gradients_of_all_experts_are_autograds_in_float64(skewed, monkeypatch):
         assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v32", "glm4_moe", "llama"])
 def test_norms_and_attention_have_the_outputs_and_gradients_of_transformers(family):
     """Taken apart with nothing to tune, a block is what it was."""
     it = case(family, samples=2)
