@@ -10,7 +10,7 @@ import yaml
 
 from requant.config import parse
 from requant.errors import RequantError
-from requant.locks import elements, tensors_of, write_lock
+from requant.locks import elements, make_lock, tensors_of
 from requant.plan import Subject, plan, plan_build, source_of
 from requant.records import BlockRecord, PlanRecord, TensorEntry, read_json, write_json
 from requant.schemes import SCHEMES
@@ -173,7 +173,7 @@ def test_lock_headers_and_bare_config_give_the_same_release(tiny_models, tmp_pat
     folder, bare = tiny_models / family, tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
-    write_lock("m", folder, tmp_path / "m.json")
+    write_json(tmp_path / "m.json", make_lock("m", folder))
     found = [source_of(str(folder), str(tmp_path / "m.json")), source_of(str(folder), None), source_of(str(bare), None)]
     assert [source.structure.basis for source in found] == ["lock", "headers", "config"]
     assert [source.missing for source in found[:2]] == [0, 0] and found[2].missing == found[2].structure.stored
@@ -188,7 +188,7 @@ def test_lock_headers_and_bare_config_give_the_same_release(tiny_models, tmp_pat
 
 
 def test_a_lock_tells_what_is_still_to_be_downloaded(tiny_models, tmp_path):
-    write_lock("m", tiny_models / "qwen3", tmp_path / "m.json")
+    write_json(tmp_path / "m.json", make_lock("m", tiny_models / "qwen3"))
     source = source_of(str(tmp_path / "nowhere"), str(tmp_path / "m.json"))
     assert source.missing == sum(path.stat().st_size for path in (tiny_models / "qwen3").iterdir())
 
