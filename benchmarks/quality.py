@@ -1,9 +1,10 @@
 """Whole releases of the embedded model, tuned by `fused` and by AutoRound, several seeds each: KL and scores.
 
-    python benchmarks/quality.py [--seeds 42 43 44] [--directory build/quality] [--out DIRECTORY]
+    python benchmarks/quality.py [--seeds 42 43 44] [--schemes NVFP4 W3A16] [--directory build/quality] [--out FOLDER]
 
-Builds, up to the benchmarks, 6 releases a seed in a directory of its own: two schemes; AutoRound, `fused` and `fused`
-with AutoRound's way to choose. 12 minutes a seed on 2 cores, most of it AutoRound's. A build that was stopped goes on.
+Builds, up to the benchmarks, three releases a seed and scheme in a directory of its own: AutoRound, `fused` and `fused`
+with AutoRound's way to choose. 12 minutes a seed on 2 cores, most of it AutoRound's. A build that was stopped goes on;
+what earlier calls built in the directory is in the results too.
 """
 
 import argparse
@@ -25,14 +26,31 @@ TUNINGS = {
 MEASURES = ("kl_divergence", "top1_agreement", "perplexity", "exact_match", "bits_per_byte")
 
 
-def releases(seeds: list[int]) -> dict[tuple[str, str, int], str]:
+def releases(seeds: list[int], schemes: list[str]) -> dict[tuple[str, str, int], str]:
     """(scheme, tuning, seed) -> name of the release."""
     return {
-        (scheme, tuning, seed): "-".join([scheme, *tuning.replace(",", "").split(), str(seed)]).lower()
+        (scheme, tuning, seed): f"{prefix(scheme, tuning)}{seed}"
         for tuning in TUNINGS
-        for scheme in SCHEMES
+        for scheme in schemes
         for seed in seeds
     }
+
+
+def prefix(scheme: str, tuning: str) -> str:
+    """The name of a release without its seed."""
+    return "-".join([scheme, *tuning.replace(",", "").split(), ""]).lower()
+
+
+def built(results: Path) -> dict[tuple[str, str, int], str]:
+    """The releases in `results` that were measured, as `releases` has them."""
+    found = {}
+    for scheme in SCHEMES:
+        for tuning in TUNINGS:
+            start = prefix(scheme, tuning)
+            folders = (path.parent.name for path in sorted(results.glob(f"{start}*/benchmark.json")))
+            seeds = (name.removeprefix(start) for name in folders)
+            found |= {(scheme, tuning, int(seed)): f"{start}{seed}" for seed in seeds if seed.isdigit()}
+    return found
 
 
 def build(names: dict, directory: Path) -> None:
@@ -51,16 +69,14 @@ def build(names: dict, directory: Path) -> None:
 
 
 def measured(results: Path, name: str) -> dict[str, float]:
-    """What the build measured of a release, and the seconds that its blocks took."""
+    """What the build measured of a release."""
     evaluated = json.loads((results / name / "evaluate.json").read_text())
     scores = json.loads((results / name / "benchmark.json").read_text())["scores"]
-    blocks = [json.loads(path.read_text()) for path in (results / name / "blocks").glob("*.json")]
     of_metric = {score["metric"]: score["value"] for score in scores}
     values = evaluated["quantized"] | of_metric
     return {measure: values[measure] for measure in MEASURES} | {
         "kl_divergence_stderr": evaluated["quantized"]["kl_divergence_stderr"],
         "rounded_kl_divergence": evaluated["rounded"]["kl_divergence"],
-        "block_seconds": sum(block["seconds"] for block in blocks),
     }
 
 
@@ -68,16 +84,17 @@ def main() -> None:
     """Builds, prints means and standard deviations over the seeds, and writes every figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--directory", type=Path, default=ROOT / "build" / "quality")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     if len(set(arguments.seeds)) < 2:
         sys.exit("--seeds: one seed has no spread; give two or more")
-    names = releases(arguments.seeds)
-    build(names, arguments.directory)
+    build(releases(arguments.seeds, arguments.schemes), arguments.directory)
+    results = arguments.directory / "results"
     rows = [
-        {"scheme": scheme, "tuning": tuning, "seed": seed} | measured(arguments.directory / "results", name)
-        for (scheme, tuning, seed), name in names.items()
+        {"scheme": scheme, "tuning": tuning, "seed": seed} | measured(results, name)
+        for (scheme, tuning, seed), name in built(results).items()
     ]
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -86,8 +103,10 @@ def main() -> None:
         for tuning in TUNINGS:
             ours = [row for row in rows if (row["scheme"], row["tuning"]) == (scheme, tuning)]
             columns = [[row[measure] for row in ours] for measure in MEASURES]
+            if len(ours) < 2:
+                continue
             print(
-                f"{scheme}, {tuning}:",
+                f"{scheme}, {tuning}, {len(ours)} seeds:",
                 ", ".join(f"{statistics.mean(c):.4f} ± {statistics.stdev(c):.4f}" for c in columns),
             )
 
