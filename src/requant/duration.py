@@ -157,13 +157,20 @@ def shape_key(quantized: dict[str, list[int] | tuple[int, ...]]) -> tuple:
 
 
 def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Calibration) -> dict[tuple, list[float]]:
-    """Seconds of finished quantize jobs of any release with these settings, by `shape_key`."""
+    """Seconds of finished quantize jobs of any release with these settings, by `shape_key`.
+
+    Samples that are padded have fewer tokens than they have room for, which only their making tells.
+    """
     wanted = settings(scheme, tuning) | {"seed": tuning.seed}
-    tokens = calibration.nsamples * calibration.seqlen
+    most, padded = calibration.nsamples * calibration.seqlen, calibration.pack == "pad"
     found: dict[tuple, list[float]] = {}
     for path in sorted(results.glob("*/blocks/*.json")):
         record = finished(path, BlockRecord)
-        if record is None or record.scheme != scheme.name or record.tokens != tokens:
+        if (
+            record is None
+            or record.scheme != scheme.name
+            or not (record.tokens == most or padded and record.tokens < most)
+        ):
             continue
         engine = tuning.engine if tuning.iters else "plain rounding"
         if (record.engine, record.threads, record.device) != (engine, tuning.threads, tuning.device):

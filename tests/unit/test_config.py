@@ -119,7 +119,7 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
             "config: calibrations.c.sources.0.share: 0; expected:",
         ),
         ("benchmarks/b/tasks", [], "config: benchmarks.b.tasks: []"),
-        ("targets/t/engine", "vllm", "config: targets.t.engine: 'vllm'; expected: 'transformers'"),
+        ("targets/t/engine", "tgi", "config: targets.t.engine: 'tgi'; expected: 'transformers', 'vllm' or 'sglang'"),
     ],
 )
 def test_each_mistake_is_one_line(path, value, expected):
