@@ -89,7 +89,8 @@ def pack_record(packed: Path) -> PackRecord:
     """What `pack` would say of `packed`: true files, counts of no meaning."""
     counts = dict.fromkeys(PackRecord.model_fields, 0)
     files = {path.name: file_entry(path) for path in packed.iterdir()}
-    return PackRecord(**counts | {"release": "tiny", "model": "tiny", "scheme": "NVFP4", "files": files})
+    named = {"release": "tiny", "model": "tiny", "scheme": "NVFP4", "multi_token_prediction": "none", "files": files}
+    return PackRecord(**counts | named)
 
 
 def heldout(rows: int = 12, length: int = 48) -> torch.Tensor:
