@@ -11,6 +11,7 @@ import yaml
 from requant.config import parse
 from requant.errors import RequantError
 from requant.locks import elements, make_lock, tensors_of
+from requant.naming import released_name
 from requant.plan import Subject, plan, plan_build, source_of
 from requant.records import BlockRecord, PlanRecord, TensorEntry, read_json, write_json
 from requant.schemes import SCHEMES
@@ -55,7 +56,7 @@ def subject(data: dict, release: str, directory: Path, lock: Path | None = None)
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("deepseek_v3", "qwen3_moe", "llama", "qwen3"):
+    for family in tiny.FAMILIES:
         tiny.write_checkpoint(folder / family, family)
     return folder
 
@@ -69,10 +70,12 @@ def tiny_models(tmp_path_factory) -> Path:
         ("deepseek-ai--DeepSeek-V3", 671.0, 37.55),
         ("Qwen--Qwen3-235B-A22B", 235.1, 22.19),
         ("Qwen--Qwen3-30B-A3B", 30.53, 3.35),
+        ("moonshotai--Kimi-K2-Instruct", 1026.4, 32.9),
+        ("mistralai--Mixtral-8x7B-v0.1", 46.7, 12.9),
     ],
 )
 def test_parameters_are_the_published_ones(name, total, active):
-    """671 and 37, 235 and 22, 30.5 and 3.3 billion."""
+    """671 and 37, 235 and 22, 30.5 and 3.3, 1000 and 32, 46.7 and 12.9 billion."""
     structure = from_config(real_config(name))
     assert structure.parameters / 1e9 == pytest.approx(total, rel=5e-4)
     assert structure.activated / 1e9 == pytest.approx(active, rel=5e-3)
@@ -116,6 +119,19 @@ def test_a_real_layout_has_the_names_and_bytes_that_its_config_gives():
     predicted = {name for kind in structure.kinds for block in kind.blocks for name in kind.named(block)}
     assert predicted | structure.outside.keys() == names
     assert structure.stored == 61_064_245_248
+
+
+def test_the_names_of_a_mixtral_are_found_in_its_files():
+    folder = SHARED / "mixtral-8x22b-index"
+    if not folder.exists():
+        pytest.skip(f"needs {folder}")
+    config = json.loads((folder / "config.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    structure = from_config(config)
+    inside = {name for kind in structure.kinds for block in kind.blocks for name in kind.named(block)}
+    predicted = {released_name(name, config) for name in inside | structure.outside.keys()}
+    assert predicted == index["weight_map"].keys()
+    assert structure.stored == index["metadata"]["total_size"]
 
 
 def shard_names(shard: dict) -> list[str]:
@@ -165,10 +181,24 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known
 
 
+FAMILY_OF = {"kimi-k2": "deepseek_v3", "glm-4-moe": "glm4_moe", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe"}
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in PRESETS if not path.stem.startswith("deepseek")])
+def test_templates_plan_from_a_bare_config_of_their_family(tmp_path, stem):
+    data = preset(ROOT / "config" / f"{stem}.yaml")
+    (name,) = data["build"]
+    config = {"model_type": FAMILY_OF.get(stem, "qwen3"), "max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.FAMILIES[config["model_type"]] | config))
+    records, table = plan_build([subject(data, name, tmp_path)], RATES, tmp_path / "results")
+    assert records[0].target.problem is None and records[0].target.fits and records[0].gpu_bytes > 0
+    assert records[0].schemes[records[0].scheme].quantized_parameters > 0 and name in table
+
+
 # Tiny models
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "llama", "qwen3"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_lock_headers_and_bare_config_give_the_same_release(tiny_models, tmp_path, family):
     folder, bare = tiny_models / family, tmp_path / "bare"
     bare.mkdir()
