@@ -140,8 +140,8 @@ def quantize_seconds(
         return total, f"measured: {jobs} such jobs in results/"
     share = f"{measured} of {structure.blocks} blocks measured; " if measured else ""
     return total, (
-        f"model: {share}tuning on {rates.machine} ({rates.source}), and of the hours {passes / 3600:.2g} for passes on "
-        f"the CPU ({rates.pass_machine})"
+        f"model: {share}tuning on {rates.machine} ({rates.source}); {100 * passes / total:.0f} % of it passes on the "
+        f"CPU ({rates.pass_machine})"
     )
 
 

@@ -23,6 +23,7 @@ from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_
 from requant.schemes import SCHEMES, Scheme
 from requant.structure import ReleaseSize, Structure
 from requant.targets import cache_bytes_per_token, cached_tokens, unsupported
+from requant.wording import duration
 
 
 @dataclass(frozen=True)
@@ -314,10 +315,10 @@ def rows(record: PlanRecord) -> dict[str, str]:
     found |= target_rows(record)
     for stage in record.stages:
         found[f"time: {stage.stage}"] = (
-            "not known" if stage.seconds is None else f"{duration(stage.seconds)}, {stage.basis.split(':')[0]}"
+            "not known" if stage.seconds is None else f"{plain(stage.seconds)}, {stage.basis.split(':')[0]}"
         )
     known = [stage.seconds for stage in record.stages if stage.seconds is not None]
-    found["time of what is known"] = duration(sum(known))
+    found["time of what is known"] = plain(sum(known))
     return found
 
 
@@ -367,5 +368,6 @@ def billions(count: int) -> str:
     return f"{count / 1e9:,.2f} billion" if count >= 1e8 else f"{count / 1e6:,.2f} million"
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
+def plain(seconds: float) -> str:
+    """A duration as cards have it, for a terminal."""
+    return duration(seconds).replace("\u00a0", " ")
