@@ -22,8 +22,8 @@ class Fault:
     """What goes wrong with GETs of files whose name ends in `file`, `times` times.
 
     cut: the connection ends after `at` bytes of an answer. status: this one, with `code` as X-Error-Code. flip: the
-    byte at `at` is another. truncate: the file ends `at` bytes early, the answer whole. slow: 64 KB or less, then a
-    wait of `at` seconds. whole: ranges are ignored.
+    byte at `at` is another. truncate: the file ends `at` bytes early, the answer whole. slow: a wait of `at`
+    seconds before every 64 KB or less. whole: ranges are ignored.
     """
 
     kind: str
@@ -227,11 +227,11 @@ class Handler(BaseHTTPRequestHandler):
                 body = body[: int(fault.at)]
             pieces = range(0, len(body), 65_536 if kind == "slow" else max(len(body), 1))
             for start in pieces:
+                time.sleep(fault.at if kind == "slow" else 0)
                 piece = body[start : start + pieces.step]
                 self.wfile.write(piece)
                 self.wfile.flush()
                 hub.bytes_sent += len(piece)
-                time.sleep(fault.at if kind == "slow" else 0)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client was killed
         finally:
