@@ -3,8 +3,8 @@
     python benchmarks/planning.py [--blocks 8 16 32 61 100 200] [--experts 256] [--runs 3] [--out FILE]
 
 The model has DeepSeek-V3's tensors, in FP8 with a factor a block, in shards of its size; with 61 blocks and 256
-experts that is as many tensors as it has. Nothing but the lock is made of it: the files of the checkpoint, which a plan
-looks for and doesn't read, are empty. Each plan is of a whole build, from tokens to card, in a directory of its own.
+experts that is as many tensors as it has. Nothing but the lock is made of it: it is a model from the hub, whose files
+jobs would download. Each plan is of a whole build, from tokens to card, in a directory of its own.
 """
 
 import argparse
@@ -105,6 +105,15 @@ def make_lock(blocks: int, experts: int) -> Lock:
         tensors=tensors,
         config={
             "model_type": "deepseek_v3",
+            "hidden_size": WIDTH,
+            "vocab_size": VOCABULARY,
+            "intermediate_size": DENSE_WIDTH,
+            "moe_intermediate_size": EXPERT_WIDTH,
+            "first_k_dense_replace": DENSE_BLOCKS,
+            "num_attention_heads": 128,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "v_head_dim": 128,
             "num_hidden_layers": blocks,
             "num_nextn_predict_layers": 1,
             "quantization_config": QUANTIZATION,
@@ -113,22 +122,19 @@ def make_lock(blocks: int, experts: int) -> Lock:
 
 
 def lay_out(directory: Path, blocks: int, experts: int) -> dict[str, int]:
-    """Puts what a plan needs into `directory`: the lock, empty files of the checkpoint, a text and two releases.
+    """Puts what a plan needs into `directory`: the lock of a model from the hub, a text and two releases.
 
     Returns the counts of the lock.
     """
     lock = make_lock(blocks, experts)
     write_json(directory / "locks/large.json", lock)
-    (directory / "model").mkdir()
-    for name in lock.files:
-        (directory / "model" / name).touch()
     (directory / "text.txt").write_text("one\n\ntwo\n")
     releases = {
         f"large-{scheme.lower()}": {"model": "large", "scheme": scheme, "calibration": "text"}
         for scheme in ("NVFP4", "W3A16")
     }
     config = {
-        "models": {"large": {"path": "model"}},
+        "models": {"large": {"hub": "example/large", "revision": lock.revision}},
         "calibrations": {"text": {"sources": [{"path": "text.txt"}]}},
         "releases": releases,
         "build": list(releases),

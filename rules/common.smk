@@ -30,7 +30,7 @@ from requant.imports import modules_of
 from requant.locks import check_stored, load_lock, tensors_of
 from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
-from requant.preflight import check_context, check_group
+from requant.preflight import check_context, check_group, check_numbers
 from requant.schemes import SCHEMES
 from requant.targets import check_deployable, check_scheme
 
@@ -112,9 +112,14 @@ def lock_file(model):
 
 
 @cache
+def lock_at(path):
+    return or_stop(load_lock, path)
+
+
+@cache
 def hub_lock(model):
     """The lock of a model from the hub. Stops the planning if there is none, or if it is of another commit."""
-    lock = or_stop(load_lock, lock_file(model)) if lock_file(model) else None
+    lock = lock_at(lock_file(model)) if lock_file(model) else None
     or_stop(check_hub_model, model, CONFIG.models[model].revision, lock)
     return lock
 
@@ -128,7 +133,7 @@ def checkpoint_plan(model):
         or_stop(check_stored, lock_file(model), lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     if (path := lock_file(model)) is not None:
-        lock = or_stop(load_lock, path)
+        lock = lock_at(path)
         or_stop(family, lock.config)
         if model != config.get("model"):  # a lock that is made anew may be of other files
             or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
@@ -304,6 +309,7 @@ def preflight(release):
     model, target, calibration = settings.model, settings.deploy.target, settings.calibration
     model_config, shard_of, _ = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
+    or_stop(check_numbers, model, model_config)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)
@@ -315,7 +321,7 @@ def preflight(release):
 def shard_bytes(model, shards):
     """Bytes of a model's shards, from its lock where it has one."""
     if (path := lock_file(model)) is not None:
-        files = or_stop(load_lock, path).files
+        files = lock_at(path).files
         return sum(files[name].size for name in shards)
     return sum(os.path.getsize(f"{source_dir(model)}/{name}") for name in shards)
 

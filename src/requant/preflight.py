@@ -6,6 +6,17 @@ from requant.config import Calibration, Release
 from requant.errors import RequantError
 from requant.schemes import SCHEMES
 
+NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+def check_numbers(model: str, config: dict[str, Any]) -> None:
+    """Raises RequantError naming the first number that every family's config.json has and this one lacks."""
+    for key in NUMBERS:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise RequantError(
+                f"models.{model}: config.json: {key}: {config.get(key)!r}; expected a number of 1 or more"
+            )
+
 
 def widths(config: dict[str, Any]) -> dict[str, int]:
     """Input widths of the Linears of a model's blocks, by the keys of config.json that they follow from."""

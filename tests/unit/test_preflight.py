@@ -9,7 +9,7 @@ import pytest
 from requant.config import Calibration, Release, Target, parse
 from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, tokens_bytes
 from requant.errors import RequantError
-from requant.preflight import check_context, check_group
+from requant.preflight import check_context, check_group, check_numbers
 from requant.schemes import SCHEMES
 from requant.targets import cache_bytes_per_token, cached_tokens, check_deployable, check_scheme, unsupported
 
@@ -124,6 +124,13 @@ def test_samples_longer_than_the_context_are_refused():
         "calibrations.c.seqlen: 4097; expected 4096 or less, the context of model 'm' "
         "(config.json: max_position_embeddings)"
     )
+
+
+@pytest.mark.parametrize("value", [None, 0, "many"])
+def test_a_config_json_without_a_number_is_named(value):
+    with pytest.raises(RequantError, match=f"models.m: config.json: num_attention_heads: {value!r}; expected a number"):
+        check_numbers("m", DENSE | {"vocab_size": 320, "num_attention_heads": value})
+    check_numbers("m", DENSE | {"vocab_size": 320})
 
 
 # Disk
