@@ -30,7 +30,7 @@ from requant.imports import modules_of
 from requant.locks import check_stored, load_lock, tensors_of
 from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
-from requant.preflight import check_context, check_group, check_numbers
+from requant.preflight import check_context, check_group, check_numbers, check_source
 from requant.schemes import SCHEMES
 from requant.targets import check_deployable, check_scheme
 
@@ -309,7 +309,8 @@ def preflight(release):
     model, target, calibration = settings.model, settings.deploy.target, settings.calibration
     model_config, shard_of, _ = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
-    or_stop(check_numbers, model, model_config)
+    or_stop(check_numbers, f"models.{model}", model_config)
+    or_stop(check_source, model, shards_by_block(model), blocks, checkpoint_plan(model)[2])
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)

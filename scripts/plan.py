@@ -24,4 +24,4 @@ with job(snakemake.log[0]):
         for found in snakemake.params.subjects
     ]
     records, table = plan_build(subjects, snakemake.params.rates, Path("results"))
-    progress(f"{len(records)} releases planned, nothing built: results/*/plan.json\n{table}")
+    progress(f"releases planned: {len(records)}, nothing built: results/*/plan.json\n{table}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,11 +38,14 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RequantError(f"{path}: not there; expected a Hugging Face checkpoint directory") from None
         except ValueError as error:
             raise RequantError(f"{path}: no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise RequantError(f"{path}: a {type(found).__name__} found; expected keys and values")
+        return found
 
     @cached_property
     def index(self) -> dict[str, str]:
@@ -105,6 +109,6 @@ class Checkpoint:
         """The checkpoint's tokenizer. RequantError if its files are missing."""
         from transformers import AutoTokenizer
 
-        if not any((self.directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if not any((self.directory / name).exists() for name in TOKENIZERS):
             raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
         return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)

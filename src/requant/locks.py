@@ -186,7 +186,7 @@ def load_lock(path: str | Path) -> Lock:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return read_json(path, Lock)
+        return read_json(path, Lock, "take it from version control, or make it anew by the job `lock`")
     finally:
         if collecting:
             gc.enable()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from requant import structure
+from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Release, Target, TextSource
 from requant.deploy import why_decoded
@@ -17,8 +17,9 @@ from requant.disk import chain_files, nearest_folder
 from requant.download import HubModel, bytes_to_come
 from requant.duration import read_rates, stages
 from requant.errors import RequantError
-from requant.locks import load_lock, tensors_of
+from requant.locks import check_stored, load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
+from requant.preflight import check_numbers
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
 from requant.structure import ReleaseSize, Structure
@@ -56,22 +57,38 @@ class Source:
 def source_of(directory: str, lock_path: str | None, repository: dict[str, str | None] | None = None) -> Source:
     """The model in `directory`: from its lock, else from the headers of its shards, else from config.json alone.
 
-    Raises RequantError if there is neither a lock nor a config.json, or if they don't fit each other.
+    Raises RequantError naming lock or directory if there is neither a lock nor a config.json, or if they don't fit
+    each other, or if a build would refuse the model for what they say.
     """
-    if lock_path is not None:
-        lock = load_lock(lock_path)
-        sizes = {name: entry.size for name, entry in lock.files.items()}
-        stored = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
-        known = structure.from_tensors(lock.config, lock.tensors, stored, "lock")
-        if repository is not None:
-            return Source(known, sorted(sizes), bytes_to_come(HubModel(**repository), lock), "download")
-        missing = sum(size for name, size in sizes.items() if not (Path(directory) / name).exists())
-        return Source(known, sorted(sizes), missing)
+    where = lock_path or directory
+    try:
+        return _locked(directory, lock_path, repository) if lock_path else _local(directory)
+    except RequantError as error:
+        raise RequantError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _locked(directory: str, lock_path: str, repository: dict[str, str | None] | None) -> Source:
+    lock = load_lock(lock_path)
+    check_numbers(lock_path, lock.config)
+    check_stored(lock_path, lock.config, lock.tensors)
+    sizes = {name: entry.size for name, entry in lock.files.items()}
+    stored = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    known = structure.from_tensors(lock.config, lock.tensors, stored, "lock")
+    if repository is not None:
+        return Source(known, sorted(sizes), bytes_to_come(HubModel(**repository), lock), "download")
+    missing = sum(size for name, size in sizes.items() if not (Path(directory) / name).exists())
+    return Source(known, sorted(sizes), missing)
+
+
+def _local(directory: str) -> Source:
     checkpoint = Checkpoint(directory)
+    check_numbers(directory, checkpoint.config)
     if not has_shards(checkpoint):
+        fp8.block_size(checkpoint.config)
         known = structure.from_config(checkpoint.config)
         return Source(known, None, known.stored)
     tensors = tensors_of(directory)
+    check_stored(directory, checkpoint.config, tensors)
     index = [INDEX] if (checkpoint.directory / INDEX).exists() else []
     names = sorted({"config.json", *checkpoint.carried_files, *index, *checkpoint.shards})
     stored = sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards)
@@ -340,6 +357,11 @@ def remarks(record: PlanRecord) -> list[str]:
     """What a reader has to know beside the table."""
     found = [f"{stage.stage}: {stage.basis}" for stage in record.stages if stage.seconds is not None]
     kept, target = record.schemes[record.scheme].kept, record.target
+    if target.engine != "transformers":
+        found.append(
+            f"{record.release}: the deploy stage starts transformers only, not {target.engine}: no card can be built, "
+            f"but results/{record.release}/verify.json, evaluate.json and benchmark.json can"
+        )
     if target.problem is not None:
         found.append(f"{record.release}: {target.target}: {target.problem}")
     elif target.fits is None:

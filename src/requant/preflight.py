@@ -1,21 +1,38 @@
 """What can't work, told before any job starts: by arithmetic on config.json and the config, without torch."""
 
+from collections.abc import Iterable
 from typing import Any
 
+from requant.checkpoint import TOKENIZERS
 from requant.config import Calibration, Release
 from requant.errors import RequantError
+from requant.naming import EXPERT_COUNTS
 from requant.schemes import SCHEMES
 
 NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
-def check_numbers(model: str, config: dict[str, Any]) -> None:
-    """Raises RequantError naming the first number that every family's config.json has and this one lacks."""
+def check_numbers(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError, beginning with `where`, naming a number of config.json that no model can have."""
     for key in NUMBERS:
         if not isinstance(config.get(key), int) or config[key] < 1:
-            raise RequantError(
-                f"models.{model}: config.json: {key}: {config.get(key)!r}; expected a number of 1 or more"
-            )
+            raise RequantError(f"{where}: config.json: {key}: {config.get(key)!r}; expected a number of 1 or more")
+    chosen, key = config.get("num_experts_per_tok"), next((key for key in EXPERT_COUNTS if config.get(key)), None)
+    if key and isinstance(chosen, int) and chosen > config[key]:
+        raise RequantError(
+            f"{where}: config.json: num_experts_per_tok: {chosen}; expected {config[key]} or less ({key})"
+        )
+
+
+def check_source(model: str, blocks: Iterable[int | None], count: int, files: Iterable[str]) -> None:
+    """Raises RequantError if a model has no tokenizer among its `files`, or of its `count` blocks one without tensors.
+
+    blocks: those that have tensors; None, for tensors of none, doesn't count.
+    """
+    if missing := sorted(set(range(count)) - set(blocks)):
+        raise RequantError(f"models.{model}: block {missing[0]} has no tensors; config.json counts {count} blocks")
+    if not set(TOKENIZERS) & set(files):
+        raise RequantError(f"models.{model}: no tokenizer; expected {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}")
 
 
 def widths(config: dict[str, Any]) -> dict[str, int]:

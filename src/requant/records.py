@@ -391,8 +391,8 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | Path, kind: type[R]) -> R:
-    """Reads the record of `kind` in `path`. RequantError if it is absent, no JSON, or of another shape."""
+def read_json(path: str | Path, kind: type[R], remedy: str = "delete it to rebuild") -> R:
+    """Reads the record of `kind` in `path`. RequantError if it is absent, or, with a `remedy`, of another shape."""
     try:
         return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -400,4 +400,4 @@ def read_json(path: str | Path, kind: type[R]) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RequantError(f"{path}: {key}: {first['msg']}; expected a {kind.__name__}; delete it to rebuild") from None
+        raise RequantError(f"{path}: {key}: {first['msg']}; expected a {kind.__name__}; {remedy}") from None

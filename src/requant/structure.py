@@ -179,9 +179,14 @@ def elements(tensors: dict[str, Shaped]) -> int:
 def kinds_of(config: dict[str, Any]) -> tuple[tuple[Kind, ...], dict[str, Shaped]]:
     """(the kinds of blocks, the tensors of no block) of the model with this config.json, weights in BF16.
 
-    A head that is tied to the embedding is not among them.
+    A head that is tied to the embedding is not among them. RequantError with transformers' reason if it builds none.
     """
-    model = empty_model(config)
+    try:
+        model = empty_model(config)
+    except RequantError:
+        raise
+    except Exception as error:  # transformers checks a config in many places, by many exceptions
+        raise RequantError(f"config.json: no model can be built of it: {' '.join(str(error).split())}") from error
     alike: dict[tuple, list[int]] = {}
     for number, layer in enumerate(model.model.layers):
         shape = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())

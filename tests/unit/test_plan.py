@@ -181,6 +181,7 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known
 
 
+BARE = tiny.FAMILIES["deepseek_v3"] | {"model_type": "deepseek_v3"}
 FAMILY_OF = {"kimi-k2": "deepseek_v3", "glm-4-moe": "glm4_moe", "mixtral": "mixtral", "qwen3-moe": "qwen3_moe"}
 
 
@@ -311,3 +312,36 @@ def write_trace(path: Path, found: Subject, block: int, seconds: float, shapes: 
         libraries={},
     )
     write_json(path, record)
+
+
+# What a build would refuse
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method: 'awq'; expected 'fp8'"),
+        ({"hidden_size": "big"}, "config.json: hidden_size: 'big'; expected a number of 1 or more"),
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: 0; expected a number of 1 or more"),
+        ({"num_experts_per_tok": 9}, "config.json: num_experts_per_tok: 9; expected 8 or less"),
+        ({"kv_lora_rank": "wide"}, "config.json: no model can be built of it: "),
+    ],
+)
+def test_a_bare_config_that_no_build_would_take_is_one_line_with_its_directory(tmp_path, changes, line):
+    (tmp_path / "config.json").write_text(json.dumps(BARE | changes))
+    with pytest.raises(RequantError) as error:
+        source_of(str(tmp_path), None)
+    assert str(error.value).startswith(str(tmp_path)) and line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_for_a_config_json_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(RequantError, match=r"config.json: a list found; expected keys and values"):
+        source_of(str(tmp_path), None)
+
+
+def test_a_plan_says_that_its_engine_can_not_be_started(tiny_models, tmp_path):
+    data = preset(ROOT / "config" / "kimi-k2.yaml")
+    (tmp_path / "config.json").write_text(json.dumps(BARE | {"max_position_embeddings": 32768}))
+    _, table = plan_build([subject(data, "kimi-k2-nvfp4", tmp_path)], RATES, tmp_path / "results")
+    assert "the deploy stage starts transformers only, not vllm: no card can be built" in table

@@ -9,7 +9,7 @@ import pytest
 from requant.config import Calibration, Release, Target, parse
 from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, tokens_bytes
 from requant.errors import RequantError
-from requant.preflight import check_context, check_group, check_numbers
+from requant.preflight import check_context, check_group, check_numbers, check_source
 from requant.schemes import SCHEMES
 from requant.targets import cache_bytes_per_token, cached_tokens, check_deployable, check_scheme, unsupported
 
@@ -129,8 +129,22 @@ def test_samples_longer_than_the_context_are_refused():
 @pytest.mark.parametrize("value", [None, 0, "many"])
 def test_a_config_json_without_a_number_is_named(value):
     with pytest.raises(RequantError, match=f"models.m: config.json: num_attention_heads: {value!r}; expected a number"):
-        check_numbers("m", DENSE | {"vocab_size": 320, "num_attention_heads": value})
-    check_numbers("m", DENSE | {"vocab_size": 320})
+        check_numbers("models.m", DENSE | {"vocab_size": 320, "num_attention_heads": value})
+    check_numbers("models.m", DENSE | {"vocab_size": 320})
+
+
+def test_more_experts_a_token_than_there_are_is_an_error():
+    config = DENSE | {"vocab_size": 320, "num_experts": 8, "num_experts_per_tok": 9}
+    with pytest.raises(RequantError, match=r"num_experts_per_tok: 9; expected 8 or less \(num_experts\)"):
+        check_numbers("models.m", config)
+
+
+def test_a_block_without_tensors_and_a_missing_tokenizer_are_named():
+    check_source("m", [None, 0, 1], 2, ["config.json", "tokenizer.json"])
+    with pytest.raises(RequantError, match="models.m: block 1 has no tensors; config.json counts 3 blocks"):
+        check_source("m", [None, 0, 2], 3, ["tokenizer.json"])
+    with pytest.raises(RequantError, match="models.m: no tokenizer; expected tokenizer.json, tokenizer.model or vocab"):
+        check_source("m", [0], 1, ["config.json"])
 
 
 # Disk

@@ -128,4 +128,8 @@ def test_what_cannot_work_is_refused_before_a_job_starts(tmp_path):
     assert "releases.r: scheme NVFP4 has groups of 16 weights, which divide no width of model 'll'" in refused(build)
     path.write_text(json.dumps(config))
     build.configure(lambda data: data["calibrations"]["small"].update(nsamples=2**40, seqlen=1024))
-    assert re.search(r"GB free; what is still to be written there takes [\d.]+ GB at least", refused(build))
+    too_little = r"GB free; what is still to be written there takes [\d.]+ GB at least"
+    assert re.search(f"warning: .*{too_little}", build.run("-n").stderr), "planning goes on where there is no room"
+    stopped = build.run(check=False)
+    assert stopped.returncode and re.search(f"error: .*{too_little}", stopped.stdout + stopped.stderr)
+    assert "Execute" not in stopped.stdout + stopped.stderr
