@@ -60,11 +60,12 @@ def or_warn(function, *arguments):
     """As `or_stop` for a build that would start on a machine without room; a dry run says so and goes on."""
     if not workflow.is_main_process:
         return
+    if not workflow.output_settings.dryrun:
+        or_stop(function, *arguments)
+        return
     try:
         function(*arguments)
     except RequantError as error:
-        if not workflow.output_settings.dryrun:
-            sys.exit(f"error: {error}")
         print(f"warning: {error}", file=sys.stderr)
 
 
@@ -127,25 +128,20 @@ def hub_lock(model):
 @cache
 def checkpoint_plan(model):
     """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
-    if is_from_hub(model):
-        lock = hub_lock(model)
-        or_stop(family, lock.config)
-        or_stop(check_stored, lock_file(model), lock.config, lock.tensors)
-        return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
-    if (path := lock_file(model)) is not None:
-        lock = lock_at(path)
+    path = lock_file(model)
+    if is_from_hub(model) or path is not None:
+        lock = hub_lock(model) if is_from_hub(model) else lock_at(path)
         or_stop(family, lock.config)
         if model != config.get("model"):  # a lock that is made anew may be of other files
-            or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
+            if not is_from_hub(model):
+                or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
             or_stop(check_stored, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
     or_stop(family, local.config)
     tensors = or_stop(tensors_of, source_dir(model))
     or_stop(check_stored, source_dir(model), local.config, tensors)
-    shard_of = {name: entry.shard for name, entry in tensors.items()}
-    index = [INDEX] if (local.directory / INDEX).exists() else []
-    return local.config, shard_of, sorted({"config.json", *local.carried_files, *index, *shard_of.values()})
+    return local.config, {name: entry.shard for name, entry in tensors.items()}, local.files
 
 
 @cache
@@ -307,10 +303,10 @@ def preflight(release):
     """Ends the planning if a release can't be quantized for its target, or has no room beside those before it."""
     settings = CONFIG.releases[release]
     model, target, calibration = settings.model, settings.deploy.target, settings.calibration
-    model_config, shard_of, _ = checkpoint_plan(model)
+    model_config, shard_of, files = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
     or_stop(check_numbers, f"models.{model}", model_config)
-    or_stop(check_source, model, shards_by_block(model), blocks, checkpoint_plan(model)[2])
+    or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)

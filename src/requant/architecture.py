@@ -54,6 +54,11 @@ def block_count(config: dict[str, Any]) -> int:
     return count
 
 
+def head_width(config: dict[str, Any]) -> int:
+    """Values of an attention head's key; as transformers has it where config.json gives no `head_dim`."""
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
 def block_of(tensor: str, blocks: int) -> int | None:
     """The decoder block that a tensor belongs to; None for embeddings, norm, head and multi-token prediction."""
     match = BLOCK_TENSOR.fullmatch(tensor)

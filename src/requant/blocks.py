@@ -10,6 +10,8 @@ from requant.errors import RequantError
 
 # Keys of config.json that are not of the model: how files store it, and code that comes with them.
 NOT_FOR_TRANSFORMERS = ("quantization_config", "auto_map")
+# What transformers keeps in float32 in a BF16 model.
+FLOAT32_TENSOR = "e_score_correction_bias"
 
 
 def model_config(config: dict[str, Any]):
@@ -112,4 +114,4 @@ def fill(module: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.M
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+    return torch.float32 if name.endswith(FLOAT32_TENSOR) else torch.bfloat16

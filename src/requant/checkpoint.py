@@ -95,6 +95,12 @@ class Checkpoint:
         """Tokenizer and generation files that a release takes along unchanged."""
         return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that a build uses, sorted: config.json, shards, their index, and what is carried along."""
+        index = [INDEX] if (self.directory / INDEX).exists() else []
+        return sorted(["config.json", *self.carried_files, *index, *self.shards])
+
     def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
         """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one."""
         wanted = {name: self.places.get(name, Place(name)) for name in names}

@@ -16,6 +16,7 @@ from requant.hub import file_url, get, patiently
 from requant.jobs import progress
 from requant.locks import check_file
 from requant.records import CheckedFile, Lock
+from requant.whole import written_whole
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,8 @@ def fetch(model: HubModel, name: str, lock: Lock, again: bool = True) -> Checked
 
 def link(place: Path, path: Path) -> None:
     """Makes `path` a symbolic link to `place`; what was there is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(place)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.symlink_to(place)
 
 
 def bytes_to_come(model: HubModel, lock: Lock) -> int:

@@ -54,10 +54,7 @@ def index_agrees(where: str | Path, index: dict[str, str], tensors: dict[str, Te
 def make_lock(model: str, directory: str | Path) -> Lock:
     """The lock of the checkpoint in `directory`: every file hashed, every tensor located."""
     checkpoint = Checkpoint(directory)
-    names = ["config.json", *checkpoint.carried_files, *checkpoint.shards]
-    if (checkpoint.directory / INDEX).exists():
-        names.append(INDEX)
-    files = {name: file_entry(checkpoint.directory / name) for name in sorted(names)}
+    files = {name: file_entry(checkpoint.directory / name) for name in checkpoint.files}
     return Lock(
         model=model,
         revision=revision_of(files),

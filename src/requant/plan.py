@@ -89,10 +89,8 @@ def _local(directory: str) -> Source:
         return Source(known, None, known.stored)
     tensors = tensors_of(directory)
     check_stored(directory, checkpoint.config, tensors)
-    index = [INDEX] if (checkpoint.directory / INDEX).exists() else []
-    names = sorted({"config.json", *checkpoint.carried_files, *index, *checkpoint.shards})
     stored = sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards)
-    return Source(structure.from_tensors(checkpoint.config, tensors, stored, "headers"), names, 0)
+    return Source(structure.from_tensors(checkpoint.config, tensors, stored, "headers"), checkpoint.files, 0)
 
 
 def has_shards(checkpoint: Checkpoint) -> bool:
@@ -270,9 +268,7 @@ def plan_build(subjects: list[Subject], rates_path: str | Path, results: Path) -
     records = []
     for subject in subjects:
         records.append(plan(subject, sources[subject.settings.model], rates_path, results))
-        path = results / subject.release / "plan.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, records[-1])
+        write_json(results / subject.release / "plan.json", records[-1])
     return records, table(records, jobs(subjects, sources))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from requant.architecture import head_width
 from requant.checkpoint import TOKENIZERS
 from requant.config import Calibration, Release
 from requant.errors import RequantError
@@ -46,7 +47,7 @@ def widths(config: dict[str, Any]) -> dict[str, int]:
         found["intermediate_size"] = config["intermediate_size"]
     if "v_head_dim" in config:
         return found | {"num_attention_heads x v_head_dim": heads * config["v_head_dim"]}
-    return found | {"num_attention_heads x head_dim": heads * (config.get("head_dim") or hidden // heads)}
+    return found | {"num_attention_heads x head_dim": heads * head_width(config)}
 
 
 def has_dense_blocks(config: dict[str, Any]) -> bool:

@@ -11,16 +11,14 @@ from typing import Any
 from torch import nn
 
 from requant import fp8
-from requant.architecture import EXPERT_TENSOR, block_of, is_drafting
-from requant.blocks import empty_block, empty_model
+from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
+from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
 from requant.errors import RequantError
 from requant.naming import entries, released_name
 from requant.quantize import choose_linears
 from requant.records import TensorEntry
 from requant.schemes import Scheme
 from requant.sizes import Shaped, file_bytes, released, tensor_bytes
-
-FLOAT32_TENSOR = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -239,14 +237,14 @@ def source_bytes(kind: Kind, config: dict[str, Any]) -> int:
 
     In FP8 checkpoints, routers and an indexer's `weights_proj` are BF16.
     """
-    fp8 = config.get("quantization_config") or {}
-    rows, columns = fp8.get("weight_block_size") or (0, 0)
     total = sum(tensor.bytes for tensor in kind.tensors.values())
-    if fp8.get("quant_method") != "fp8" or not rows:
+    size = fp8.block_size(config)
+    if size is None:
         return total
-    for name, (out, width) in kind.linear_shapes.items():
+    for name, shape in kind.linear_shapes.items():
         if not name.endswith("indexer.weights_proj"):
-            total += -(-out // rows) * -(-width // columns) * 4 - out * width
+            scales = Shaped(fp8.SCALE_DTYPE, tuple(fp8.scale_shape(list(shape), size)))
+            total += scales.bytes - shape[0] * shape[1]
     return total
 
 
@@ -272,6 +270,5 @@ def pass_work(kind: Kind, config: dict[str, Any], tokens: int, length: int) -> f
         active -= kind.expert_elements * (kind.experts - experts_per_token) // kind.experts
     heads = config["num_attention_heads"]
     nope, rope = config.get("qk_nope_head_dim"), config.get("qk_rope_head_dim", 0)
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    per_head = nope + rope + config["v_head_dim"] if nope else 2 * head_dim
+    per_head = nope + rope + config["v_head_dim"] if nope else 2 * head_width(config)
     return 2.0 * tokens * (active + heads * per_head * length / 2)

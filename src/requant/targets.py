@@ -6,6 +6,7 @@ Arithmetic on config.json and the config alone, without torch: it runs whenever 
 from dataclasses import dataclass
 from typing import Any
 
+from requant.architecture import head_width
 from requant.config import Target
 from requant.errors import RequantError
 from requant.schemes import Scheme
@@ -80,8 +81,7 @@ def cache_entry(config: dict[str, Any]) -> CacheEntry:
         latent = config["kv_lora_rank"] + config["qk_rope_head_dim"]
         return CacheEntry(latent + (config.get("index_head_dim") or 0), 0, 0)
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return CacheEntry(0, heads, 2 * head_dim)
+    return CacheEntry(0, heads, 2 * head_width(config))
 
 
 def cache_bytes_per_token(config: dict[str, Any], devices: int) -> int:
