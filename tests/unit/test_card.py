@@ -113,6 +113,14 @@ def test_specification_counts_what_the_records_count(root):
     assert row(text, "Bits a quantized weight, scales included") == ["4.503", "4.133"]
 
 
+def test_what_stays_as_it_is_has_a_line_for_each_release(root):
+    change(root, "results/alpha-nvfp4/pack.json", put("multi_token_prediction", "dropped"))
+    kept = [line for line in section(build_text(root), "What is quantized").splitlines() if "bit for bit" in line]
+    assert len(kept) == 2 and all(line.startswith("- `") for line in kept)
+    assert kept[0].endswith("bit for bit. The layers for multi-token prediction are left out.")
+    assert kept[1].endswith("in the release bit for bit.")
+
+
 def test_a_source_in_fp8_is_said_to_be_so(root):
     assert (
         row(section(build_text(root), "Specification"), "Source's parameters, as they are stored")
