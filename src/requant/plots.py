@@ -39,7 +39,7 @@ ANNOTATED_CELLS = 128  # a heat map with more cells has no room for a number in 
 
 
 def plot_loss(path: str | Path, releases: dict[str, Sequence[BlockRecord]]) -> None:
-    """Writes a PNG: the loss of each block at iteration 0 and the lowest, one panel for each release."""
+    """Writes a PNG: the loss of each block at iteration 0 and at the one that was kept, one panel for each release."""
     series = {
         name: (
             [block.block for block in blocks],
@@ -52,7 +52,7 @@ def plot_loss(path: str | Path, releases: dict[str, Sequence[BlockRecord]]) -> N
         path,
         series,
         "Loss of a block: mean squared error",
-        ("iteration 0 (plain rounding)", "lowest, after tuning"),
+        ("iteration 0 (plain rounding)", "as kept, after tuning"),
     )
 
 

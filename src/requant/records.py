@@ -126,8 +126,8 @@ class BlockRecord(Record):
     settings: dict[str, Any] = Field(description="every tuning setting, defaults spelled out")
     seed: int = Field(description="the seed of this block, from (release, block)")
     loss_initial: float = Field(description="MSE of the block's output at iteration 0, plain rounding")
-    loss_best: float
-    best_iteration: int
+    loss_best: float = Field(description="minibatch loss at best_iteration")
+    best_iteration: int = Field(description="the one whose rounding was kept")
     iterations: int = Field(description="iterations run")
     losses: list[float] = Field(description="minibatch loss at each iteration")
     quantized: dict[str, list[int]] = Field(description="quantized weights and their shapes [out, in]")
