@@ -4,7 +4,9 @@
 
 An iteration is taken for a + b x operations of its matrix products + c x weights. On the GPU, blocks of DeepSeek-V3.2's
 shape on an H100 (`real_block.py`), which all have much the same operations, so a is left out; on the CPU, random blocks
-of many shapes (`tuner.py growth`). Passes of blocks run on the CPU: their rate is that of its matrix products.
+of many shapes (`tuner.py growth`). Passes of blocks: on the CPU at the rate of its matrix products; on the GPU as the
+block of most samples passed there when it was run as shipped. What else a quantize job of that block took, without
+files, is its start.
 """
 
 import json
@@ -40,17 +42,35 @@ def fit(rows: list[list[float]], seconds: list[float], used: list[int]) -> tuple
     return coefficients.tolist(), float(np.abs(known @ coefficients / wanted - 1).max())
 
 
-def of_gpu() -> tuple[list[list[float]], list[float], str]:
-    from real_block import SHAPE
+def gpu_cases() -> list[dict]:
+    cases = json.loads((RESULTS / "real_block_h100.json").read_text())
+    return [case for case in cases if case["engine"] == "fused" and "error" not in case]
 
-    measured = json.loads((RESULTS / "real_block_h100.json").read_text())
+
+def of_gpu() -> tuple[list[list[float]], list[float], str]:
+    from real_block import shape_of
+
     rows, seconds = [], []
-    for case in [*measured["short"], *measured["whole"]]:
-        config = SHAPE | {"model_type": "deepseek_v3", "n_routed_experts": case["experts"] or 8}
+    for case in gpu_cases():
         tokens = case["tokens_per_step"]
-        rows.append(features(config, 3 if case["experts"] else 0, tokens, tokens // 8))
+        rows.append(features(shape_of(case["experts"]), 3 if case["experts"] else 0, tokens, tokens // 8))
         seconds.append(case["seconds_per_iteration"])
-    return rows, seconds, measured["short"][0]["device"]
+    return rows, seconds, gpu_cases()[0]["device"]
+
+
+def passes_on_gpu(operation: float, weight: float) -> tuple[float, float]:
+    """(seconds an operation of a pass, seconds that a job takes beside iterations and passes) on the GPU."""
+    from real_block import shape_of
+
+    from requant.duration import PASSES, WITH_BACKWARD
+
+    case = max(gpu_cases(), key=lambda case: case["samples"])
+    tokens, batches = case["tokens_per_step"], case["samples"] / 8
+    _, work, weights = features(shape_of(case["experts"]), 3, tokens, tokens // 8)
+    passed = case["seconds"]["run what is shipped"]
+    judged = 2 * batches * (work / WITH_BACKWARD * operation + weights * weight)
+    known = case["iterations"] * case["seconds_per_iteration"] + judged + PASSES * passed
+    return passed / (batches * work / WITH_BACKWARD), case["job_seconds"] - known
 
 
 def of_cpu() -> tuple[list[list[float]], list[float], dict]:
@@ -73,6 +93,7 @@ def of_cpu() -> tuple[list[list[float]], list[float], dict]:
 def main() -> None:
     rows, seconds, machine = of_cpu()
     a_pass = 1 / machine["matrix_flops"]
+    on_cpu = f"{machine['cpu']}, one thread, {machine['matrix_flops'] / 1e12:.2f} TFLOP/s"
     results = {}
     for name, title, source, found, used in (
         ("cpu", f"{machine['cpu']}, one thread", "tuner_growth.json", (rows, seconds), [0, 1, 2]),
@@ -81,6 +102,9 @@ def main() -> None:
         if found is None:
             *found, title = of_gpu()
         (iteration, operation, weight), error = fit(*found, used)
+        pass_operation, pass_machine, start = a_pass, on_cpu, 0.0
+        if name == "gpu":
+            (pass_operation, start), pass_machine = passes_on_gpu(operation, weight), title
         rates = f"{iteration * 1e3:.1f} ms, {1 / operation / 1e12:.3g} TFLOP/s, {weight * 1e12:.3g} ps a weight"
         print(f"{title}: {rates}; largest error {error:.0%}")
         results[name] = {
@@ -89,8 +113,9 @@ def main() -> None:
             "iteration": iteration,
             "operation": operation,
             "weight": weight,
-            "pass_operation": a_pass,
-            "pass_machine": f"{machine['cpu']}, one thread, {machine['matrix_flops'] / 1e12:.2f} TFLOP/s",
+            "pass_operation": pass_operation,
+            "pass_machine": pass_machine,
+            "start": start,
         }
     (RESULTS / "rates.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -1,18 +1,26 @@
-"""DeepSeek-V3.2 decoder blocks of true size on one GPU, tuned by the `fused` engine: seconds and memory.
+"""A DeepSeek-V3.2 decoder block of true size, quantized on one GPU: seconds, where they go, memory, losses.
 
-    python benchmarks/real_block.py [--experts 8 32 192] [--iters 6] [--scheme NVFP4] [--out FILE]
+    python benchmarks/real_block.py [--out FILE] [EXPERTS:SCHEME:ENGINE:SAMPLES:ITERS ...]
 
-Weights are random, with the statistics of trained ones: normal, a scale of its own a row, one weight in a thousand
-eight
-times as large. Samples are 8 of 2048 tokens a step. Peaks are torch's, of one process a block.
+Each case is a process of its own: what a quantize job does with a block, but for reading and writing files. Weights
+are random with the statistics of trained ones: normal, a scale of its own a row, one weight in a thousand eight times
+as large; hidden states are normal. 0 experts are the dense block. A step has 8 samples of 2048 tokens.
+
+The split of an iteration is that of its kernels by torch's profiler. The floor is the larger of the times that its
+matrix products and the bytes that it can't avoid would take at the rates measured beside it: a product of 8192 x 8192
+x 8192, a copy of 2 GB. Bytes: every weight's value read once, its offset read and written. The engine auto_round is
+AutoRound's `quantize_block` on the same block; where memory stops it, its message is the result.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -31,6 +39,9 @@ SHAPE = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
     "n_shared_experts": 1,
     "num_experts_per_tok": 8,
     "n_group": 8,
@@ -39,127 +50,251 @@ SHAPE = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "max_position_embeddings": 4096,
+    "model_type": "deepseek_v32",
 }
+LENGTH, BATCH = 2048, 8
+CASES = (
+    "192:NVFP4:fused:512:200",
+    "128:W3A16:fused:64:100",
+    "0:NVFP4:fused:64:100",
+    "0:NVFP4:auto_round:16:6",
+    "16:NVFP4:fused:16:12",
+    "16:NVFP4:auto_round:16:6",
+    "192:NVFP4:auto_round:16:6",
+)
+PROFILED = (4, 6)  # iterations: from the end of the first to the end of the last
+KERNELS = (  # first match wins
+    ("copies from the CPU", r"Memcpy HtoD"),
+    ("attention", r"sdpa|flash|fmha|cudnn"),
+    ("matrix products", r"nvjet|gemm|cutlass|cublas|xmma"),
+    ("quantization", r"^_(nvfp4|integer)_|^_round_inputs"),
+    ("routing, rounding of experts' inputs", r"^_(spread|gate|combine)|sort|topk|TopK|scatter|gather|histogram"),
+)
+REST = "the rest"
 
 
-def random_weight(shape, generator, device):
-    """BF16 [out, in]: normal rows, each with a scale of its own, and outliers."""
+def shape_of(experts: int) -> dict:
+    """config.json of a model whose block 3 has that many experts, and whose block 0 is dense."""
+    return SHAPE | {"n_routed_experts": experts or 8}
+
+
+class RandomCheckpoint:
+    """The tensors of one block, made anew at every reading, always the same."""
+
+    directory = "random"
+
+    def __init__(self, config: dict, block: int):
+        from requant.blocks import empty_block, empty_model, model_config
+
+        self.config, self.block = config, block
+        layer = type(empty_model(config).model.layers[block])
+        state = empty_block(layer, model_config(config), block).state_dict()
+        self.shapes = {f"model.layers.{block}.{name}": tensor.shape for name, tensor in state.items()}
+        self.index = dict.fromkeys(self.shapes, "random")
+
+    def read(self, names: list[str], device="cpu") -> dict:
+        import torch
+
+        generator = torch.Generator(device).manual_seed(0)
+        return {name: self._tensor(name, generator, device) for name in names}
+
+    def _tensor(self, name: str, generator, device):
+        import torch
+
+        shape = self.shapes[name]
+        if name.endswith("bias"):
+            return torch.zeros(shape, device=device)
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16, device=device)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+        rows = torch.empty(shape[0], 1, device=device).uniform_(0.5, 1.5, generator=generator) * shape[1] ** -0.5
+        outliers = torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(generator=generator) < 0.001
+        return weight.mul_(rows.to(torch.bfloat16)).mul_(1 + 7 * outliers)
+
+
+def rates() -> dict:
+    """This device's own: operations and bytes (read and written) a second."""
     import torch
 
-    weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=generator)
-    rows = torch.empty(shape[0], 1, device=device).uniform_(0.5, 1.5, generator=generator) * shape[1] ** -0.5
-    outliers = torch.empty(shape, dtype=torch.bfloat16, device=device).uniform_(generator=generator) < 0.001
-    return weight.mul_(rows.to(torch.bfloat16)).mul_(1 + 7 * outliers)
+    def seconds(work) -> float:
+        found = []
+        for _ in range(12):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return median(found[2:])
+
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    operations = 2 * 8192**3 / seconds(lambda: left @ right)
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    moved = 2 * 2**31 / seconds(lambda: target.copy_(source))
+    return {"operations_per_second": operations, "bytes_per_second": moved}
 
 
-def build(experts: int, device: str):
-    """(config, block) of `experts` routed experts, 0 for a dense block, on `device`."""
+def work_of(experts: int) -> tuple[float, float]:
+    """(operations of the products of an iteration, weights) of a block."""
+    from requant.duration import WITH_BACKWARD
+    from requant.structure import from_config, pass_work
+
+    config = shape_of(experts)
+    kind = next(kind for kind in from_config(config).kinds if (3 if experts else 0) in kind.blocks)
+    weights = sum(rows * columns for rows, columns in kind.linear_shapes.values())
+    return WITH_BACKWARD * pass_work(kind, config, BATCH * LENGTH, LENGTH), weights
+
+
+def split(profiler, iterations: int) -> dict[str, float]:
+    """Seconds an iteration of each kind of kernel."""
+    from torch.autograd import DeviceType
+
+    found = dict.fromkeys([kind for kind, _ in KERNELS] + [REST], 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CUDA:
+            kind = next((kind for kind, pattern in KERNELS if re.search(pattern, event.key)), REST)
+            found[kind] += event.self_device_time_total / 1e6 / iterations
+    return found
+
+
+def run(experts: int, scheme_name: str, engine: str, samples: int, iters: int) -> dict:
+    """One case, in this process."""
     import torch
-    from torch import nn
+    import transformers
+    from torch.profiler import ProfilerActivity, profile
 
-    from requant.blocks import empty_block, empty_model, model_config
-
-    config = model_config(SHAPE | {"model_type": "deepseek_v3", "n_routed_experts": experts or 8})
-    model = empty_model(SHAPE | {"model_type": "deepseek_v3", "n_routed_experts": experts or 8})
-    block = empty_block(type(model.model.layers[0]), config, 3 if experts else 0).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = random_weight(module.weight.shape, generator, device)
-        elif name.endswith("norm"):
-            module.weight.data.fill_(1)
-        elif name.endswith("gate") and not isinstance(module, nn.Linear):
-            module.weight.data = random_weight(module.weight.shape, generator, device)
-            module.e_score_correction_bias.zero_()
-    config._attn_implementation = "sdpa"
-    rotary = type(model.model.rotary_emb)(config)
-    return config, block.eval().requires_grad_(False), rotary
-
-
-def run(experts: int, iters: int, scheme_name: str, length: int, samples: int) -> dict:
-    import torch
-    from torch import nn
-
-    from requant import fused
+    from requant import fused, quantize
     from requant.config import Tuning
-    from requant.nvfp4 import global_scale
     from requant.schemes import SCHEMES
+    from requant.streamed import StreamedModel
 
-    device = "cuda"
-    scheme = SCHEMES[scheme_name]
-    config, block, rotary = build(experts, device)
-    positions = rotary(torch.empty(1, dtype=torch.bfloat16), torch.arange(length)[None])
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(samples, length, config.hidden_size, generator=generator).to(torch.bfloat16)
-    on_device = tuple(part.to(device) for part in positions)
-    with torch.no_grad():
-        targets = torch.cat([block(row[None].to(device), position_embeddings=on_device).cpu() for row in hidden])
-    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    linears = [name for name in linears if not name.endswith("mlp.gate")]
-    for name in linears:
-        module = block.get_submodule(name)
-        if scheme.is_nvfp4:
-            module.weight_global_scale = global_scale(module.weight.abs().amax().cpu())
-            module.act_max = torch.tensor([8.0])
-    predicted = fused.peak_bytes(block, 8 * length, 8, scheme, 200) if hasattr(fused, "peak_bytes") else None
-    stamps: list[float] = []
-    losses: list[float] = []
+    index, scheme = (3 if experts else 0), SCHEMES[scheme_name]
+    measured = rates()
+    torch.cuda.empty_cache()
+    model = StreamedModel(RandomCheckpoint(shape_of(experts), index), "cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    hidden = torch.empty(samples, LENGTH, SHAPE["hidden_size"], dtype=torch.bfloat16)
+    for sample in hidden:
+        sample.copy_(torch.randn(sample.shape, generator=generator, device="cuda"))
+    stamps, losses = [], []
+    profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def report(iteration: int, loss: float) -> None:
         torch.cuda.synchronize()
         stamps.append(time.perf_counter())
         losses.append(loss)
+        if engine == "fused" and iteration == PROFILED[0]:
+            profiler.__enter__()
+        if engine == "fused" and iteration == PROFILED[1]:
+            profiler.__exit__(None, None, None)
 
-    torch.cuda.synchronize()
+    seconds = {}
+
+    def timed(name: str, function):
+        def call(*arguments, **keywords):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = function(*arguments, **keywords)
+            torch.cuda.synchronize()
+            seconds[name] = time.perf_counter() - start
+            return result
+
+        return call
+
+    directory = Path(tempfile.mkdtemp())  # AutoRound asks for a model's folder
+    (directory / "config.json").write_text(json.dumps(shape_of(experts)), encoding="utf-8")
+    tuning = Tuning(iters=iters, device="cuda", engine=engine, batch_size=BATCH)
+    job = quantize.BlockJob(
+        source=directory, release="real-block", model="random", block=index, scheme=scheme_name, tuning=tuning,
+        keep=[], tokens=Path(), hidden=Path(), targets=Path(),
+    )  # fmt: skip
+    start = time.perf_counter()
+    prepared = timed("observe", quantize.prepare)(model, index, scheme, [], hidden, None)
+    targets = prepared.seen.output
+    predicted = fused.peak_bytes(prepared.block, BATCH * LENGTH, SHAPE["num_experts_per_tok"], scheme, iters)
     torch.cuda.reset_peak_memory_stats()
-    tuning = Tuning(iters=iters, device=device)
-    fused.tune(block, linears, hidden, targets, None, positions, scheme, tuning, 3, report)
-    gaps = sorted(later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False))
-    return {
+    quantize.fused.tune = timed("tune", quantize.fused.tune)
+    quantize.autoround.tune = timed("tune", quantize.autoround.tune)
+    quantize.packed_tensors = timed("pack", quantize.packed_tensors)
+    quantize.shipped_block = timed("decode", quantize.shipped_block)
+    quantize.observe = timed("run what is shipped", quantize.observe)
+    made = quantize.make_block(model, job, prepared, hidden, targets, None, report)
+    whole = time.perf_counter() - start
+    gaps = [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    quiet = [gap for place, gap in enumerate(gaps) if not PROFILED[0] <= place <= PROFILED[1]]
+    iteration = median(quiet or gaps)
+    operations, weights = work_of(experts)
+    by_products = operations / measured["operations_per_second"]
+    by_bytes = 6 * weights / measured["bytes_per_second"]
+    kept = made.losses[made.kept]
+    found = {
         "experts": experts,
         "scheme": scheme_name,
+        "engine": engine,
         "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "samples": samples,
+        "tokens_per_step": BATCH * LENGTH,
         "iterations": iters,
-        "tokens_per_step": 8 * length,
-        "seconds_per_iteration": gaps[len(gaps) // 2],
+        "rates": measured,
+        "seconds_per_iteration": iteration,
+        "floor": {"products": by_products, "bytes": by_bytes, "ratio": iteration / max(by_products, by_bytes)},
+        "job_seconds": whole,
+        "seconds": seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "predicted_bytes": predicted,
-        "losses": losses,
+        "losses": {place: losses[place] for place in (0, 50, 100, 150, iters - 1) if place < iters},
+        "lowest_loss": kept if made.kept < iters - 1 else min(losses),
+        "kept_iteration": made.kept,
     }
+    if engine == "fused" and iters > PROFILED[1]:
+        found["split"] = split(profiler, PROFILED[1] - PROFILED[0])
+        found["split"]["no kernel runs"] = max(0.0, iteration - sum(found["split"].values()))
+    return found
+
+
+def shown(found: dict) -> str:
+    """A case in a few lines."""
+    name = f"{found['experts']} experts {found['scheme']} {found['engine']}"
+    if "error" in found:
+        return f"{name}: {found['error']}"
+    floor, seconds = found["floor"], {key: round(value, 1) for key, value in found["seconds"].items()}
+    lines = [
+        f"{name}: {found['seconds_per_iteration']:.4f} s an iteration, {floor['ratio']:.2f} x the floor (products "
+        f"{floor['products']:.4f}, bytes {floor['bytes']:.4f}); job {found['job_seconds']:.0f} s {seconds}; peak "
+        f"{found['peak_bytes'] / 1e9:.2f} GB, predicted {found['predicted_bytes'] / 1e9:.2f}; losses {found['losses']}"
+    ]
+    if "split" in found:
+        lines.append("  " + ", ".join(f"{key} {1e3 * value:.1f} ms" for key, value in found["split"].items()))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, nargs="+", default=[0, 8, 32, 192], help="0 is a dense block")
-    parser.add_argument("--iters", type=int, default=6)
-    parser.add_argument("--scheme", default="NVFP4")
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("cases", nargs="*", default=list(CASES))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(run(options.experts[0], options.iters, options.scheme, options.length, options.samples)))
-        return
     results = []
-    for experts in options.experts:
-        command = [sys.executable, __file__, "--one", "--experts", str(experts), "--iters", str(options.iters)]
-        command += ["--scheme", options.scheme, "--length", str(options.length), "--samples", str(options.samples)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for case in options.cases:
+        experts, scheme, engine, samples, iters = case.split(":")
+        settings = (int(experts), scheme, engine, int(samples), int(iters))
+        if options.one:
+            print(json.dumps(run(*settings)))
+            return
+        done = subprocess.run([sys.executable, __file__, "--one", case], capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"{experts} experts: failed\n{done.stderr[-1500:]}", flush=True)
-            continue
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        found = results[-1]
-        print(
-            f"{experts} experts {found['scheme']}: {found['seconds_per_iteration']:.3f} s an iteration, peak "
-            f"{found['peak_bytes'] / 1e9:.2f} GB, predicted {(found['predicted_bytes'] or 0) / 1e9:.2f} GB, "
-            f"loss {found['losses'][0]:.4g} -> {min(found['losses']):.4g}",
-            flush=True,
-        )
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            found = {"experts": settings[0], "scheme": scheme, "engine": engine, "samples": settings[3]}
+            found["error"] = lines[-1][:400] if lines else f"exit status {done.returncode}"
+            print(done.stderr[-2500:] if "OutOfMemory" not in done.stderr else "", flush=True)
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+        results.append(found)
+        print(shown(found), flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ rule benchmark_source:
     conda:
         "../envs/requant.yaml"
     threads: 1
+    resources:
+        gpu=gpus,
     params:
         source=source_path_of,
         settings=benchmark_config,
         tasks=benchmark_folder,
+        device=device,
     script:
         "../scripts/benchmark_source.py"
 
@@ -45,9 +48,12 @@ rule benchmark:
     conda:
         "../envs/requant.yaml"
     threads: 1
+    resources:
+        gpu=gpus,
     params:
         benchmark=benchmark_of,
         settings=benchmark_config,
         tasks=benchmark_folder,
+        device=device,
     script:
         "../scripts/benchmark.py"

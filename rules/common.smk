@@ -394,6 +394,15 @@ def tuning_threads(wildcards):
     return release_of(wildcards).tuning.threads
 
 
+def device(_):
+    """What models run on."""
+    return CONFIG.device
+
+
+def gpus(wildcards):
+    return 0 if device(wildcards) == "cpu" else 1
+
+
 def tuning_gpus(wildcards):
     return 0 if release_of(wildcards).tuning.device == "cpu" else 1
 

@@ -24,8 +24,11 @@ rule evaluate:
     conda:
         "../envs/requant.yaml"
     threads: 1
+    resources:
+        gpu=gpus,
     params:
         source=source_path_of,
         model=model_of,
+        device=device,
     script:
         "../scripts/evaluate.py"

@@ -44,7 +44,10 @@ rule reference:
         "results/benchmarks/reference/{model}/{calibration}/{block}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        gpu=gpus,
     params:
         source=source_path_of,
+        device=device,
     script:
         "../scripts/reference.py"

@@ -21,4 +21,5 @@ with job(snakemake.log[0]):
         snakemake.threads,
         Path(snakemake.output.record),
         Path(snakemake.input.source_scores),
+        snakemake.params.device,
     )

@@ -20,4 +20,5 @@ with job(snakemake.log[0]):
         Path(snakemake.params.tasks) if snakemake.params.tasks else None,
         snakemake.threads,
         Path(snakemake.output.record),
+        device=snakemake.params.device,
     )

@@ -20,6 +20,7 @@ with job(snakemake.log[0]):
         snakemake.params.model,
         snakemake.threads,
         Path(snakemake.output.record),
+        snakemake.params.device,
     )
     kl, perplexity = record.quantized.kl_divergence, record.quantized.perplexity
     progress(

@@ -18,6 +18,7 @@ with job(snakemake.log[0]):
         snakemake.output.routing,
         snakemake.wildcards.model,
         snakemake.wildcards.calibration,
+        snakemake.params.device,
     )
     unreached = f", experts never reached: {record.never_reached}" if record.never_reached else ""
     progress(f"{record.model} reference block {record.block}: {record.kind}, {record.tokens} tokens{unreached}")

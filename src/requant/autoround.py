@@ -8,12 +8,14 @@ seed. What it keeps to itself, the loss at each iteration, is read from its log 
 import logging
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from torch import nn
 
+from requant.attention import attention_chosen
 from requant.config import Tuning
 from requant.encoding import QuantizedWeight
 from requant.errors import RequantError
@@ -106,13 +108,15 @@ def tune(
         seed_everything(seed)
         samples = [_sample(hidden, mask, positions, row) for row in range(len(hidden))]
         reference = targets if mask is None else targets * mask[..., None].to(targets.dtype)
-        tuner.quantize_block(
-            inner,
-            samples,
-            q_input=[row[None] for row in hidden],
-            device=tuning.device,
-            reference_output=[row[None] for row in reference],
-        )
+        on_gpu = torch.device(tuning.device).type == "cuda"
+        with attention_chosen(block, torch.device(tuning.device), hidden.shape[1]) if on_gpu else nullcontext():
+            tuner.quantize_block(
+                inner,
+                samples,
+                q_input=[row[None] for row in hidden],
+                device=tuning.device,
+                reference_output=[row[None] for row in reference],
+            )
     finally:
         logger.removeHandler(losses)
         logger.setLevel(level)

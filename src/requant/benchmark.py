@@ -47,6 +47,7 @@ def run_benchmark(
     threads: int,
     out: Path,
     source_record: Path | None = None,
+    device: str = "cpu",
 ) -> BenchmarkRecord:
     """Scores `checkpoint` on the tasks of benchmark `name`; with the source model's record also the recovery.
 
@@ -63,7 +64,7 @@ def run_benchmark(
         refuse_code_execution(manager, settings.tasks)
         tasks = _load(manager, settings.tasks)
         progress(f"{subject}: loading the model")
-        model, arithmetic = _whole_model(checkpoint)
+        model, arithmetic = _whole_model(checkpoint, device)
         progress(f"{subject}: scoring {', '.join(settings.tasks)} ({arithmetic})")
         results = _evaluate(model, checkpoint.tokenizer(), manager, tasks, settings)
     scores = _scores(results, settings.tasks, manager)
@@ -83,6 +84,7 @@ def run_benchmark(
         recovery=None,
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        device=device,
     )
     if source_record is not None:
         source = read_json(source_record, BenchmarkRecord)
@@ -243,7 +245,7 @@ def _load(manager: "TaskManager", names: list[str]) -> list[Any]:
     return loaded
 
 
-def _whole_model(checkpoint: "Checkpoint") -> tuple[Any, str]:
+def _whole_model(checkpoint: "Checkpoint", device: str) -> tuple[Any, str]:
     """The model, and in words how it computes."""
     from requant.streamed import StreamedModel
 
@@ -251,11 +253,11 @@ def _whole_model(checkpoint: "Checkpoint") -> tuple[Any, str]:
     if scheme is None:
         in_fp8 = fp8.block_size(checkpoint.config) is not None
         arithmetic = "FP8 weights decoded to BF16, BF16 activations" if in_fp8 else "BF16 weights and activations"
-        return StreamedModel(checkpoint).whole(), arithmetic
+        return StreamedModel(checkpoint, device).whole(), arithmetic
     weights = f"{scheme.name} weights decoded to BF16"
     if not scheme.quantizes_activations:
-        return StreamedModel(checkpoint).whole(), f"{weights}, BF16 activations"
-    model = StreamedModel(checkpoint).whole(quantize_activations=True)
+        return StreamedModel(checkpoint, device).whole(), f"{weights}, BF16 activations"
+    model = StreamedModel(checkpoint, device).whole(quantize_activations=True)
     return model, f"{weights}, inputs of quantized Linears rounded to {scheme.name}, products in BF16"
 
 

@@ -50,16 +50,21 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """The routed experts of a block, each with Linears that are named as checkpoints name them.
 
-    Stands where transformers has one module of stacked 3-D parameters, with the same call.
+    Stands where transformers has one module of stacked 3-D parameters, with the same call. grouped: what runs all of
+    them at once, if something does (`grouped.Grouped`).
     """
+
+    grouped = None
 
     def forward(self, hidden: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """hidden [tokens, width], chosen and gates [tokens, k] -> [tokens, width]: the gated sum of the experts."""
+        if self.grouped is not None:
+            return self.grouped.run(self, hidden, chosen, gates)
         output = torch.zeros_like(hidden)
         for expert in torch.unique(chosen).tolist():
             token, position = torch.where(chosen == expert)
             part = self[expert](hidden[token]) * gates[token, position, None]
-            output = output.index_add(0, token, part.to(output.dtype))
+            output.index_add_(0, token, part.to(output.dtype))
         return output
 
 

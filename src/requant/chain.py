@@ -39,10 +39,11 @@ def run_reference_block(
     out_routing: str | Path,
     model_name: str,
     calibration: str,
+    device: str = "cpu",
 ) -> RoutingRecord:
     """Runs block `block` of the source over both token sets; writes its output and the routing record."""
     start = time.monotonic()
-    model = StreamedModel(Checkpoint(source))
+    model = StreamedModel(Checkpoint(source), device)
     hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
     module = model.block(block)
     seen = {part: observe(model, module, hidden[part], masks[part]) for part in ("calibration", "heldout")}
@@ -58,6 +59,7 @@ def run_reference_block(
         tokens_per_expert=counts,
         never_reached=[expert for expert, count in enumerate(counts) if count == 0],
         seconds=time.monotonic() - start,
+        device=device,
         peak_memory_bytes=peak_memory_bytes(),
     )
     write_json(out_routing, record)

@@ -101,11 +101,14 @@ class Checkpoint:
         index = [INDEX] if (self.directory / INDEX).exists() else []
         return sorted(["config.json", *self.carried_files, *index, *self.shards])
 
-    def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
-        """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one."""
+    def read(self, names: list[str], device: "str | torch.device" = "cpu") -> dict[str, "torch.Tensor"]:
+        """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one.
+
+        What is decoded is decoded on `device`, and stays there.
+        """
         wanted = {name: self.places.get(name, Place(name)) for name in names}
         whole = {name: place.stored for name, place in wanted.items() if place.expert is None}
-        tensors = fp8.read(self.directory, self.stored, list(whole.values()), self.config)
+        tensors = fp8.read(self.directory, self.stored, list(whole.values()), self.config, device)
         slices = {name: place for name, place in wanted.items() if place.expert is not None}
         return {name: tensors[stored] for name, stored in whole.items()} | read_slices(
             self.directory, self.stored, slices

@@ -136,7 +136,9 @@ class Tuning(Section):
     )
     seed: Seed = Field(42, description="with release and block it gives each block's seed")
     threads: PositiveInt = Field(1, description="CPU threads of a tuning job; a part of what the bytes depend on")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$", description="cpu, cuda or xpu")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?|xpu(:\d+)?)$", description="cpu, cuda or xpu; that of the config if absent"
+    )
 
     @property
     def judges_by_samples(self) -> bool:
@@ -270,6 +272,11 @@ class Config(Section):
     targets: dict[str, Target] = {}
     releases: dict[str, Release]
     build: list[str] = Field(min_length=1, description="The releases that `model_card.md` covers, in its order.")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="what models run on, cpu or cuda: the reference chain, tuning, evaluation and benchmarks",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -281,6 +288,8 @@ class Config(Section):
             entries = data.get(section) or {}
             if isinstance(entries, dict):
                 data[section] = {name: {}, **entries}
+        if "device" in data and isinstance(data.get("releases"), dict):
+            data["releases"] = {name: _on_device(entry, data["device"]) for name, entry in data["releases"].items()}
         return data
 
     @model_validator(mode="after")
@@ -316,6 +325,13 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _on_device(release: Any, device: Any) -> Any:
+    """The release with its tuning on `device`, unless it says otherwise or is no mapping."""
+    if not isinstance(release, dict) or not isinstance(release.get("tuning") or {}, dict):
+        return release
+    return release | {"tuning": {"device": device} | (release.get("tuning") or {})}
 
 
 def source_name(source: TextSource) -> str:

@@ -45,7 +45,8 @@ STAGES = {
 class Rates:
     """Times of one machine: seconds an iteration, an operation of its products, and a weight, fitted to `source`.
 
-    pass_operation: seconds an operation of a pass takes on the CPU `pass_machine`.
+    pass_operation: seconds an operation of a pass takes on `pass_machine`. start: seconds of a job that are neither
+    iterations nor passes.
     """
 
     machine: str
@@ -55,6 +56,7 @@ class Rates:
     weight: float
     pass_operation: float
     pass_machine: str
+    start: float
 
     def tuning_seconds(self, work: float, weights: int, iterations: int) -> float:
         """Seconds of `iterations` whose forward pass takes `work` operations, over `weights` weights."""

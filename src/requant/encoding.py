@@ -35,6 +35,7 @@ def codes(quantized: QuantizedWeight, scheme: Scheme) -> torch.Tensor:
 def plain_rounding(weight: torch.Tensor, tensor_scale: torch.Tensor | None, scheme: Scheme) -> QuantizedWeight:
     """`weight` [out, in] rounded to nearest with the scales of its largest magnitudes: iteration 0 of tuning."""
     if scheme.is_nvfp4:
+        tensor_scale = tensor_scale.to(weight.device)
         rounded = signround.round_nvfp4(weight.float(), 0.0, 1.0, tensor_scale.expand(len(weight)))
         steps = (rounded.scales / tensor_scale).repeat_interleave(scheme.group_size, dim=-1)  # as a decoder has them
         grid, scales = rounded.codes * steps, rounded.scales.to(torch.float8_e4m3fn)

@@ -17,8 +17,9 @@ from torch import nn
 from requant.chain import load_masks
 from requant.checkpoint import Checkpoint
 from requant.encoding import plain_rounding
+from requant.grouped import ungroup
 from requant.jobs import peak_memory_bytes, progress
-from requant.packed import PackedCheckpoint, input_rounder
+from requant.packed import PackedCheckpoint, round_inputs
 from requant.quantize import mean_squared_error
 from requant.records import CalibrationRecord, EvaluateRecord, ModelQuality, read_json, write_json
 from requant.routing import observe
@@ -76,6 +77,7 @@ def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) ->
     """
     prefix = f"model.layers.{index}."
     block = model.block(index)
+    ungroup(block)
     for weight in packed.quantized:
         if weight.startswith(prefix):
             linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
@@ -83,8 +85,8 @@ def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) ->
             rounded = plain_rounding(linear.weight, parts.get("weight_global_scale"), packed.scheme)
             linear.weight = nn.Parameter(rounded.weight, requires_grad=False)
             if packed.scheme.quantizes_activations:
-                linear.register_forward_pre_hook(input_rounder(parts["input_global_scale"]))
-    return block
+                round_inputs(linear, parts["input_global_scale"])
+    return model.placed(block)
 
 
 def evaluate(
@@ -97,12 +99,13 @@ def evaluate(
     model_name: str,
     threads: int,
     out_record: Path,
+    device: str = "cpu",
 ) -> EvaluateRecord:
     """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ...."""
     start = time.monotonic()
     torch.set_num_threads(threads)
-    original, packed = StreamedModel(Checkpoint(source)), PackedCheckpoint(packed_dir)
-    shipped = StreamedModel(packed)
+    original, packed = StreamedModel(Checkpoint(source), device), PackedCheckpoint(packed_dir)
+    shipped = StreamedModel(packed, device)
     tokens_file = load_file(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
     reference = load_file(hidden[0])["heldout"]
@@ -134,6 +137,7 @@ def evaluate(
         ],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
+        device=device,
     )
     write_json(out_record, record)
     return record
@@ -154,7 +158,7 @@ def tally(
     tallies = {name: Tally() for name in ("source", *others)}
     for row in range(len(tokens)):
         length = tokens.shape[1] if mask is None else int(mask[row].sum())
-        labels = tokens[row, 1:length].long()
+        labels = tokens[row, 1:length].long().to(model.device)
         if not len(labels):
             continue
         source = head(reference[row, : length - 1])

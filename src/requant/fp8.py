@@ -104,16 +104,20 @@ def decode(weight: "torch.Tensor", scales: "torch.Tensor", size: tuple[int, int]
     (rows, columns), wanted = size, scale_shape(list(weight.shape), size)
     if list(scales.shape) != wanted:
         raise RequantError(f"factors {list(scales.shape)} found; expected {wanted} for blocks of {list(size)}")
-    decoded = torch.empty(weight.shape, dtype=torch.bfloat16)
+    decoded = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     for part, values, factors in zip(decoded.split(rows), weight.split(rows), scales, strict=True):
         part.copy_(values.float() * factors.float().repeat_interleave(columns)[: weight.shape[1]])
     return decoded
 
 
 def read(
-    directory: str | Path, shard_of: dict[str, str], names: list[str], config: dict[str, Any]
+    directory: str | Path,
+    shard_of: dict[str, str],
+    names: list[str],
+    config: dict[str, Any],
+    device: "str | torch.device" = "cpu",
 ) -> dict[str, "torch.Tensor"]:
-    """The tensors `names`, by stored name: FP8 weights decoded to BF16, others as they are stored.
+    """The tensors `names`, by stored name: FP8 weights decoded to BF16 on `device`, others as they are stored.
 
     A weight and its factors may lie in different shards. Raises RequantError naming a weight whose factors are missing
     or don't fit.
@@ -131,7 +135,8 @@ def read(
                     "and quant_method fp8 in config.json"
                 )
             try:
-                tensors[name] = decode(tensors[name], tensors.pop(name + SCALE_SUFFIX), size)
+                factors = tensors.pop(name + SCALE_SUFFIX).to(device)
+                tensors[name] = decode(tensors[name].to(device), factors, size)
             except RequantError as error:
                 raise RequantError(f"{directory}: {name}: {error}") from None
     return tensors

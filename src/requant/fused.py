@@ -5,33 +5,28 @@ stack a projection, their tokens are sorted by expert, and quantize-dequantize, 
 over the stack. Everything else in the block is transformers' own module.
 """
 
-import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import accumulate
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from requant.architecture import fused_groups
+from requant.attention import attention_chosen
 from requant.blocks import Experts
 from requant.config import Tuning
+from requant.devices import fed, prepare_device, same_bytes
 from requant.errors import RequantError
 from requant.nvfp4 import global_scale
+from requant.routed import ROW_MULTIPLE, Routing
 from requant.schemes import Scheme
 from requant.stacks import LARGEST_PART, Schedule, Stack, kernels_for
 from requant.threads import in_parts, side_by_side
 from requant.tuned import Tuned, lowest, settings
 
-# Rows of an expert in a batched product are filled up to a multiple of this: few distinct shapes, no new kernels.
-ROW_MULTIPLE = 32
-# A batched product over all experts may have this many times the rows that were routed, else experts go one by one.
-MOST_PADDING = 2.0
-# Tokens of the longest samples whose attention scores are held whole.
-LONGEST_SHORT = 512
 # Elements that a block's dense part leaves for its backward pass, a token, for each input and output of its Linears.
 DENSE_ACTIVATIONS = 1.9
 
@@ -119,62 +114,6 @@ class _Normalized(torch.autograd.Function):
         return of_rows.view_as(gradient), None
 
 
-class _Attention(torch.autograd.Function):
-    """Causal attention of [n, T, width] queries, keys and values; scores in float32, shares in BF16."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, scale):
-        query, key, value = (tensor.detach().contiguous() for tensor in (query, key, value))
-        from requant.kernels_cpu import attend
-
-        shares = attend(torch.bmm(query.float(), key.float().transpose(1, 2)), scale)
-        ctx.save_for_backward(query, key, value, shares)
-        ctx.scale = scale
-        return torch.bmm(shares, value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value, shares = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        of_value = torch.bmm(shares.transpose(1, 2), gradient)
-        of_shares = torch.bmm(gradient, value.transpose(1, 2))
-        from requant.kernels_cpu import attend_backward
-
-        of_scores = attend_backward(of_shares, shares, ctx.scale)
-        return torch.bmm(of_scores, key), torch.bmm(of_scores.transpose(1, 2), query), of_value, None
-
-
-def short_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Causal attention in transformers' form, [batch, heads, T, width] in and [batch, T, heads, width] out."""
-    from transformers.integrations.sdpa_attention import repeat_kv
-
-    heads = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = (tensor.flatten(0, 1) for tensor in (query, repeat_kv(key, heads), repeat_kv(value, heads)))
-    output = _Attention.apply(*parts, scale)
-    return output.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def attention_chosen(block: nn.Module, device: torch.device, length: int) -> Iterator[None]:
-    """Lets the attention of `block` over `length` tokens run as `short_attention`: on a CPU, if its scores are few and
-    it sees all of its keys."""
-    from transformers import AttentionInterface
-
-    configs = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    every_key = all(length <= getattr(config, "index_topk", length) for config in configs.values())
-    if device.type == "cpu" and length <= LONGEST_SHORT and every_key:
-        AttentionInterface.register("requant_short", short_attention)
-        for config in configs.values():
-            config._attn_implementation = "requant_short"
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-
-
 class TunedExperts(nn.Module):
     """The routed experts of a block, tuned; the call of `Experts`.
 
@@ -196,68 +135,6 @@ class TunedExperts(nn.Module):
         routing = Routing.of(chosen, self.count)
         scales = (None, None) if self.input_scales is None else [scale[routing.expert] for scale in self.input_scales]
         return _Experts.apply(hidden, gates.float(), self.anchor, self, routing, scales)
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Tokens sorted by expert: each expert has rows of its own, of which it may not use the last ones.
-
-    starts: the first row of each expert, and the number of rows. size: rows of an expert if all have equally many,
-    else 0. token: [rows] the token of each row, -1 for none. expert: [rows] whose row it is. rows: [tokens, k] the
-    row of each token's choices.
-    """
-
-    starts: list[int]
-    size: int
-    token: torch.Tensor
-    expert: torch.Tensor
-    rows: torch.Tensor
-
-    @classmethod
-    def of(cls, chosen: torch.Tensor, experts: int) -> "Routing":
-        """chosen: [tokens, k], the experts of each token."""
-        flat, device = chosen.reshape(-1), chosen.device
-        found = torch.bincount(flat, minlength=experts)
-        counts = found.tolist()
-        size = filled_up(max(counts))
-        if chosen.is_cuda or size * experts > MOST_PADDING * len(flat) + ROW_MULTIPLE * experts:
-            size = 0
-        lengths = [size or filled_up(count) for count in counts]
-        starts = [0, *accumulate(lengths)]
-        expert = torch.arange(experts, device=device).repeat_interleave(
-            torch.tensor(lengths, device=device), output_size=starts[-1]
-        )
-        if not chosen.is_cuda:
-            from requant.kernels_cpu import place
-
-            token, rows = place(chosen, starts)
-            return cls(starts, size, token, expert, rows)
-        order = torch.argsort(flat, stable=True)
-        shift = torch.tensor(starts[:-1], device=device) - (found.cumsum(0) - found)
-        sorted_rows = torch.arange(len(flat), device=device) + shift[flat[order]]
-        rows = torch.empty_like(order)
-        rows[order] = sorted_rows
-        token = torch.full((starts[-1],), -1, device=device)
-        token[sorted_rows] = order // chosen.shape[-1]
-        return cls(starts, size, token, expert, rows.view_as(chosen))
-
-    @property
-    def experts(self) -> int:
-        return len(self.starts) - 1
-
-    def rows_of(self, experts: slice) -> slice:
-        return slice(self.starts[experts.start], self.starts[experts.stop])
-
-    def ends_of(self, experts: slice) -> torch.Tensor:
-        """int32: where the rows of each of `experts` end, counted from the first row of all of them."""
-        start = self.starts[experts.start]
-        ends = [end - start for end in self.starts[experts.start + 1 : experts.stop + 1]]
-        return torch.tensor(ends, dtype=torch.int32, device=self.token.device)
-
-
-def filled_up(rows: int) -> int:
-    """The next multiple of ROW_MULTIPLE."""
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 class _Experts(torch.autograd.Function):
@@ -423,16 +300,17 @@ def tune(
     chosen = settings(scheme, tuning)
     schedule = Schedule(tuning.iters, chosen["lr"], chosen["minmax_lr"], tuning.minmax)
     iteration = Iteration()
+    prepare_device(device)
     block.to(device)
     positions = tuple(part.to(device) for part in positions)
     stacks = take_apart(block, linears, scheme, schedule, iteration)
     batches = sample_order(len(hidden), tuning.batch_size, tuning.gradient_accumulate_steps, seed)
+    order = [next(batches) for _ in range(tuning.iters)]
     losses: list[float] = []
 
-    def squared_error(part: list[int]) -> torch.Tensor:
+    def squared_error(part: list[int], inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         iteration.used.clear()
-        output = block(rows_on(device, hidden, part), position_embeddings=positions)
-        error = output.float() - rows_on(device, targets, part).float()
+        error = block(inputs, position_embeddings=positions).float() - wanted.float()
         if mask is not None:
             error = error * mask[part].to(device)[..., None]
         return error.square().sum()
@@ -440,18 +318,23 @@ def tune(
     def in_batches(samples: list[int]) -> list[list[int]]:
         return [samples[start : start + tuning.batch_size] for start in range(0, len(samples), tuning.batch_size)]
 
+    def error_of_all() -> float:
+        every = in_batches(list(range(len(hidden))))
+        return sum(squared_error(part, *rows).item() for part, rows in fed(device, [hidden, targets], every))
+
+    feed = fed(device, [hidden, targets], (part for samples in order for part in in_batches(samples)))
     attention = attention_chosen(block, device, hidden.shape[1])
-    with side_by_side(tuning.threads), attention, same_bytes(device):
-        for index in range(tuning.iters):
-            samples = next(batches)
-            counted = hidden[samples].numel() if mask is None else int(mask[samples].sum()) * hidden.shape[-1]
+    with side_by_side(tuning.threads), attention, same_bytes(device), closing(feed):
+        for index, samples in enumerate(order):
+            tokens = len(samples) * hidden.shape[1] if mask is None else int(mask[samples].sum())
             iteration.index, total = index, 0.0
-            parts = in_batches(samples)
-            for number, part in enumerate(parts):
+            parts = len(in_batches(samples))
+            for number in range(parts):
+                part, rows = next(feed)
                 with torch.set_grad_enabled(index + 1 < tuning.iters):
-                    loss = squared_error(part) / counted
+                    loss = squared_error(part, *rows) / (tokens * hidden.shape[-1])
                 total += loss.item()
-                iteration.more = number + 1 < len(parts)
+                iteration.more = number + 1 < parts
                 if not iteration.more and is_kept(total, losses, tuning):
                     for stack in stacks:
                         stack.keep()
@@ -461,12 +344,11 @@ def tune(
             report(index, total)
         kept, last = lowest(losses, tuning), len(losses) - 1
         if tuning.judges_by_samples and kept != last:
-            everything = in_batches(list(range(len(hidden))))
             with torch.no_grad():
-                error_of_last = sum(squared_error(part).item() for part in everything)
+                error_of_last = error_of_all()
                 for stack in stacks:
                     stack.show_kept(True)
-                error_of_kept = sum(squared_error(part).item() for part in everything)
+                error_of_kept = error_of_all()
             for stack in stacks:
                 stack.show_kept(False)
             if error_of_last < error_of_kept:
@@ -474,33 +356,6 @@ def tune(
                 for stack in stacks:
                     stack.keep()
     return Tuned({name: weight for stack in stacks for name, weight in stack.quantized().items()}, losses, kept)
-
-
-def rows_on(device: torch.device, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """tensor[rows] of a tensor in the memory of the CPU, on `device`: a GPU takes each row from where it lies."""
-    if device.type == "cpu":
-        return tensor[rows]
-    out = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device=device)
-    for place, row in zip(out, rows, strict=True):
-        place.copy_(tensor[row])
-    return out
-
-
-@contextmanager
-def same_bytes(device: torch.device) -> Iterator[None]:
-    """On a GPU, torch's operations that give the same bytes at every run, where it has them."""
-    if device.type == "cpu":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def peak_bytes(block: nn.Module, tokens: int, choices: int, scheme: Scheme, iters: int) -> int:

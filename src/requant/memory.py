@@ -4,7 +4,9 @@ The terms follow the code of the jobs; docs/plan.md says what was measured of th
 """
 
 from requant import fused
+from requant.attention import LONGEST_SHORT
 from requant.config import Calibration, Tuning
+from requant.routed import ROW_MULTIPLE
 from requant.schemes import Scheme
 from requant.stacks import LARGEST_PART, Schedule
 from requant.structure import Kind, Structure
@@ -95,8 +97,8 @@ def step_bytes(structure: Structure, kind: Kind, calibration: Calibration, tunin
     elements = fused.DENSE_ACTIVATIONS * tokens * sum(out + width for out, width in dense)
     if kind.experts:
         inner = kind.expert_elements // (3 * kind.experts * config["hidden_size"])
-        rows = tokens * structure.experts_per_token + kind.experts * fused.ROW_MULTIPLE
+        rows = tokens * structure.experts_per_token + kind.experts * ROW_MULTIPLE
         elements += tokens * config["hidden_size"] + rows * (3 * config["hidden_size"] + 6 * inner)
-    if calibration.seqlen > fused.LONGEST_SHORT:
+    if calibration.seqlen > LONGEST_SHORT:
         return int(2 * elements) + score_bytes(structure, samples, calibration.seqlen)
     return int(2 * elements) + SHORT_SCORE_BYTES * samples * config["num_attention_heads"] * calibration.seqlen**2

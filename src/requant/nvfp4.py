@@ -15,7 +15,7 @@ E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
     """float32 [1]: 2688 / amax, 1 where the tensor is zero throughout."""
     amax = amax.float().reshape(1)
-    return torch.where(amax > 0, E4M3_MAX * E2M1_MAX * (1.0 / amax), torch.ones(1))
+    return torch.where(amax > 0, E4M3_MAX * E2M1_MAX * (1.0 / amax), torch.ones_like(amax))
 
 
 def group_scales(weight: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
@@ -42,11 +42,16 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack`."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+
+
 def values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """float32 [out, in]: what codes [out, in] with their scales stand for."""
     sign = 1.0 - 2.0 * (codes >> 3).float()
     step = (scales.float() / tensor_scale).repeat_interleave(GROUP, dim=-1)
-    return sign * E2M1[(codes & 7).long()] * step
+    return sign * E2M1.to(codes.device)[(codes & 7).long()] * step
 
 
 def round_activations(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from requant import decode, nvfp4
+from requant import decode, int_pack, nvfp4
 from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
 from requant.schemes import SCHEMES, Scheme
@@ -65,13 +65,16 @@ class PackedCheckpoint(Checkpoint):
         except RequantError as error:
             raise RequantError(f"{self.directory}: {weight}: {error}") from None
 
-    def read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """The tensors `names` (source names): quantized ones decoded to BF16, the others as stored."""
+    def read(self, names: list[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """The tensors `names` (source names): quantized ones decoded to BF16 on `device`, the others as stored."""
         quantized = set(self.quantized)
         tensors = super().read([name for name in names if name not in quantized])
         for name in names:
             if name in quantized:
-                tensors[name] = torch.from_numpy(self.decoded(name)).to(torch.bfloat16)
+                try:
+                    tensors[name] = decoded_on(device, self.parts(name), self.scheme)
+                except RequantError as error:
+                    raise RequantError(f"{self.directory}: {name}: {error}") from None
         return tensors
 
     def round_activations(self, block: nn.Module, prefix: str) -> None:
@@ -82,19 +85,54 @@ class PackedCheckpoint(Checkpoint):
             if weight.startswith(prefix):
                 linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
                 scale = self.parts(weight)["input_global_scale"]
-                linear.register_forward_pre_hook(input_rounder(scale))
+                round_inputs(linear, scale)
 
 
-def input_rounder(scale: torch.Tensor):
-    """A forward pre-hook that rounds a Linear's input to NVFP4 with the static tensor scale `scale`."""
-    return lambda module, inputs: (nvfp4.round_activations(inputs[0], scale), *inputs[1:])
+def round_inputs(linear: nn.Linear, scale: torch.Tensor) -> None:
+    """Lets `linear` round its input to NVFP4 with the static tensor scale `scale`, float32 [1]."""
+    linear.input_scale = scale
+    linear.register_forward_pre_hook(_round_input)
+
+
+def _round_input(linear: nn.Linear, inputs: tuple) -> tuple:
+    x, scale = inputs[0], linear.input_scale.to(inputs[0].device)
+    if not x.is_cuda:
+        return nvfp4.round_activations(x, scale), *inputs[1:]
+    from requant import kernels_cuda  # the same numbers in one pass
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return kernels_cuda.round_inputs(rows, scale.float().expand(len(rows)).contiguous()).view_as(x), *inputs[1:]
+
+
+def decoded_on(device: str | torch.device, parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """BF16 [out, in] from the stored tensors of one weight; on a GPU the numbers of `decode_parts`, made by torch."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(decode_parts(parts, scheme)).to(torch.bfloat16)
+    check_parts(parts, scheme)
+    there = {part: tensor.to(device) for part, tensor in parts.items()}
+    return decoded_by_torch(there, scheme).to(torch.bfloat16)
+
+
+def check_parts(parts: dict[str, torch.Tensor], scheme: Scheme) -> None:
+    """Raises RequantError naming the first stored tensor that a weight lacks."""
+    wanted = ("weight_packed", "weight_scale", "weight_global_scale" if scheme.is_nvfp4 else "weight_shape")
+    if missing := [part for part in wanted if part not in parts]:
+        raise RequantError(f"{missing[0]} is missing; expected {', '.join(wanted)}")
+
+
+def decoded_by_torch(parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
+    """As `decode_parts`, float32 on the device that the parts are on."""
+    if scheme.is_nvfp4:
+        codes = nvfp4.unpack(parts["weight_packed"])
+        return nvfp4.values(codes, parts["weight_scale"], parts["weight_global_scale"])
+    columns = int(parts["weight_shape"][1])
+    codes = int_pack.unpack(parts["weight_packed"], scheme.weight_bits, columns)
+    return int_pack.values(codes, parts["weight_scale"])
 
 
 def decode_parts(parts: dict[str, torch.Tensor], scheme: Scheme) -> np.ndarray:
     """float32 [out, in] from the stored tensors of one weight."""
-    wanted = ("weight_packed", "weight_scale", "weight_global_scale" if scheme.is_nvfp4 else "weight_shape")
-    if missing := [part for part in wanted if part not in parts]:
-        raise RequantError(f"{missing[0]} is missing; expected {', '.join(wanted)}")
+    check_parts(parts, scheme)
     packed = parts["weight_packed"].numpy()
     if scheme.is_nvfp4:
         scales = parts["weight_scale"].view(torch.uint8).numpy()

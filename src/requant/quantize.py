@@ -20,9 +20,10 @@ from requant.checkpoint import Checkpoint
 from requant.config import Tuning
 from requant.encoding import QuantizedWeight, encode, plain_rounding
 from requant.errors import RequantError
+from requant.grouped import ungroup
 from requant.jobs import peak_memory_bytes, progress
 from requant.naming import released_name
-from requant.packed import PARTS, decode_parts, input_rounder
+from requant.packed import PARTS, decoded_on, round_inputs
 from requant.records import BlockRecord, write_json
 from requant.routing import Observation, observe
 from requant.safetensors_io import save
@@ -84,7 +85,7 @@ def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str
 def share_global_scales(block: nn.Module, prefix: str, linears: list[str]) -> dict[str, torch.Tensor]:
     """The tensor scale of each weight (NVFP4): 2688 over its largest magnitude, the smallest of its fused group."""
     weights = {name: block.get_submodule(name.removeprefix(prefix)).weight for name in linears}
-    scales = {name: nvfp4.global_scale(weight.abs().amax()) for name, weight in weights.items()}
+    scales = {name: nvfp4.global_scale(weight.abs().amax().cpu()) for name, weight in weights.items()}
     for group in fused_groups(linears):
         scales |= dict.fromkeys(group, torch.stack([scales[name] for name in group]).amin(0))
     return scales
@@ -139,6 +140,59 @@ def prepare(
     return Prepared(block, linears, kept, tensor_scales, peaks, seen)
 
 
+@dataclass(frozen=True)
+class Made:
+    """A block's result, in the CPU's memory.
+
+    tensors: what is packed, names as `naming` has them. losses: by iteration; kept: the one whose parameters are
+    shipped. output: BF16 [n, T, width], what the block gives as shipped.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    losses: list[float]
+    kept: int
+    output: torch.Tensor
+
+
+def make_block(
+    model: StreamedModel,
+    job: BlockJob,
+    prepared: Prepared,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    report: Callable[[int, float], None],
+) -> Made:
+    """Tunes and packs a prepared block, which is taken apart for it, and runs what was packed over `hidden`."""
+    scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
+    block, linears, scales = prepared.block, prepared.linears, prepared.tensor_scales
+    source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
+    kept_as_they_are = {name: tensor.cpu() for name, tensor in source.items() if _linear_of(name) not in linears}
+    weights = {
+        name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme)
+        for name in linears
+        if NEVER_TUNED.search(name) or not job.tuning.iters
+    }
+    del source  # a GPU has no room for it beside the tuner
+    losses, kept = [], 0
+    if job.tuning.iters:
+        named = [name.removeprefix(prefix) for name in linears if name not in weights]
+        seed = block_seed(job.tuning.seed, job.release, job.block)
+        what = (hidden, targets, mask, model.positions(hidden.shape[1]), scheme, job.tuning, seed, report)
+        if job.tuning.engine == "fused":
+            tuned = fused.tune(block, named, *what)
+        else:
+            ungroup(block)
+            tuned = autoround.tune(block, model.config, str(job.source), named, *what)
+        losses, kept = tuned.losses, tuned.kept
+        weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
+    tensors = packed_tensors(kept_as_they_are, weights, prepared.peaks, scheme)
+    del weights
+    shipped = shipped_block(model, job.block, tensors, linears, scheme)
+    output = observe(model, shipped, hidden, mask).output
+    return Made(tensors, losses or [mean_squared_error(output, targets, mask)], kept, output)
+
+
 def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path) -> BlockRecord:
     """Quantizes one block and writes its packed tensors, its record and the inputs of the next block.
 
@@ -148,40 +202,22 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     start = time.monotonic()
     torch.set_num_threads(job.tuning.threads)
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
-    model = StreamedModel(Checkpoint(job.source))
+    model = StreamedModel(Checkpoint(job.source), job.tuning.device)
     hidden = load_file(job.hidden)["calibration"]
     targets = load_file(job.targets)["calibration"]
     mask = load_masks(load_file(job.tokens))["calibration"]
     prepared = prepare(model, job.block, scheme, job.keep, hidden, mask)
-    block, linears, seen, peaks = prepared.block, prepared.linears, prepared.seen, prepared.peaks
-    source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    seed = block_seed(job.tuning.seed, job.release, job.block)
-
+    linears, counts = prepared.linears, prepared.seen.tokens_per_expert
+    shapes = {
+        f"{name}.weight": list(prepared.block.get_submodule(name.removeprefix(prefix)).weight.shape) for name in linears
+    }
     progress(
         f"{job.release} block {job.block} (of {model.blocks}): {len(linears)} Linears, {job.tuning.iters} iterations"
     )
-    scales = prepared.tensor_scales
-    rounded = [name for name in linears if NEVER_TUNED.search(name) or not job.tuning.iters]
-    weights = {name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme) for name in rounded}
-    losses, best = [], 0
-    if job.tuning.iters:
-        named = [name.removeprefix(prefix) for name in linears if name not in weights]
-        positions = model.positions(hidden.shape[1])
-        what = (hidden, targets, mask, positions, scheme, job.tuning, seed, _reporter(job, model.blocks))
-        if job.tuning.engine == "fused":
-            tuned = fused.tune(block, named, *what)
-        else:
-            tuned = autoround.tune(block, model.config, str(job.source), named, *what)
-        weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
-        losses, best = tuned.losses, tuned.kept
-
-    tensors = packed_tensors(source, weights, peaks, scheme)
-    save(out_block, {released_name(name, model.checkpoint.config): tensor for name, tensor in tensors.items()})
-    shipped = shipped_block(model, job.block, tensors, linears, scheme)
-    output = observe(model, shipped, hidden, mask).output
-    if not losses:
-        losses = [mean_squared_error(output, targets, mask)]
-    save(out_hidden, {"calibration": output})
+    made = make_block(model, job, prepared, hidden, targets, mask, _reporter(job, model.blocks))
+    save(out_block, {released_name(name, model.checkpoint.config): tensor for name, tensor in made.tensors.items()})
+    save(out_hidden, {"calibration": made.output})
+    losses, best = made.losses, made.kept
     record = BlockRecord(
         release=job.release,
         block=job.block,
@@ -191,18 +227,18 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         engine_version=autoround.engine_version() if job.tuning.engine == "auto_round" else __version__,
         libraries={name: version(name) for name in LIBRARIES[job.tuning.engine]},
         settings=settings(scheme, job.tuning) | {"seed": job.tuning.seed},
-        seed=seed,
+        seed=block_seed(job.tuning.seed, job.release, job.block),
         loss_initial=losses[0],
         loss_best=losses[best],
         best_iteration=best,
         iterations=job.tuning.iters,
         losses=losses,
-        quantized={f"{name}.weight": list(source[f"{name}.weight"].shape) for name in linears},
+        quantized=shapes,
         kept=prepared.kept,
         never_tuned=[f"{name}.weight" for name in linears if NEVER_TUNED.search(name)],
         shared_global_scale=fused_groups([f"{name}.weight" for name in linears]) if scheme.is_nvfp4 else [],
-        tokens_per_expert=seen.tokens_per_expert,
-        never_reached=[expert for expert, count in enumerate(seen.tokens_per_expert) if count == 0],
+        tokens_per_expert=counts,
+        never_reached=[expert for expert, count in enumerate(counts) if count == 0],
         tokens=hidden.shape[:2].numel() if mask is None else int(mask.sum()),
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
@@ -223,12 +259,17 @@ def packed_tensors(
     peaks: dict[str, torch.Tensor],
     scheme: Scheme,
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a packed block: quantized Linears in their parts, everything else as in `source`."""
-    tensors = {name: tensor for name, tensor in source.items() if name.removesuffix(".weight") not in weights}
+    """All tensors of a packed block, in the CPU's memory: quantized Linears in their parts, the rest as in `source`."""
+    tensors = {name: tensor for name, tensor in source.items() if _linear_of(name) not in weights}
     for name, quantized in weights.items():
         input_scale = nvfp4.global_scale(peaks[name]) if name in peaks else None
-        tensors |= encode(name, quantized, input_scale, scheme)
+        encoded = encode(name, quantized, input_scale, scheme)
+        tensors |= {part: tensor.cpu() for part, tensor in encoded.items()}
     return tensors
+
+
+def _linear_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
 
 
 def shipped_block(
@@ -242,7 +283,7 @@ def shipped_block(
     packed = {f"{name}.{part}" for name, found in parts.items() for part in found}
     plain = {name: tensor for name, tensor in tensors.items() if name not in packed}
     for name, found in parts.items():
-        plain[f"{name}.weight"] = torch.from_numpy(decode_parts(found, scheme)).to(torch.bfloat16)
+        plain[f"{name}.weight"] = decoded_on(model.device, found, scheme)
     module = fill(
         empty_block(type(model.empty.model.layers[block]), model.config, block),
         {name.removeprefix(prefix): tensor for name, tensor in plain.items()},
@@ -251,8 +292,8 @@ def shipped_block(
     if scheme.quantizes_activations:
         for name in linears:
             linear = module.get_submodule(name.removeprefix(prefix))
-            linear.register_forward_pre_hook(input_rounder(tensors[f"{name}.input_global_scale"]))
-    return module
+            round_inputs(linear, tensors[f"{name}.input_global_scale"])
+    return model.placed(module)
 
 
 def mean_squared_error(output: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> float:

@@ -112,6 +112,7 @@ class RoutingRecord(Record):
     never_reached: list[int]
     seconds: float
     peak_memory_bytes: int
+    device: str = "cpu"
 
 
 class BlockRecord(Record):
@@ -230,6 +231,7 @@ class EvaluateRecord(Record):
     )
     seconds: float
     peak_memory_bytes: int
+    device: str = "cpu"
 
 
 class Answer(Record):
@@ -293,6 +295,7 @@ class BenchmarkRecord(Record):
     )
     seconds: float
     peak_memory_bytes: int
+    device: str = "cpu"
 
 
 class SchemePlan(Record):

@@ -29,6 +29,7 @@ def observe(
     """Runs `block` over hidden states [n, T, width]; `mask` [n, T] is 1 for tokens that count."""
     hits: dict[int, int] = {}
     amax: dict[str, torch.Tensor] = {}
+    grouped: dict[str, torch.Tensor] = {}  # of all experts, where they run as one
 
     def see_routing(module, inputs):
         for expert, count in zip(*(found.tolist() for found in inputs[1].unique(return_counts=True)), strict=True):
@@ -42,8 +43,16 @@ def observe(
 
         return hook
 
-    experts = [module for module in block.modules() if isinstance(module, Experts)]
-    handles = [module.register_forward_pre_hook(see_routing) for module in experts]
+    def see_rows(rows):
+        for leaf, values in (("gate_proj", rows.inputs), ("down_proj", rows.inner)):
+            peaks = grouped.setdefault(leaf, values.new_zeros(rows.routing.experts))
+            peaks.scatter_reduce_(0, rows.routing.expert, values.abs().amax(-1), "amax")
+
+    experts = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
+    at_once = [module.grouped for module in experts.values() if module.grouped is not None]
+    for found in at_once:
+        found.observers.append(see_rows)
+    handles = [module.register_forward_pre_hook(see_routing) for module in experts.values()]
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(see_input(name)))
@@ -58,5 +67,12 @@ def observe(
         output[rows, :length] = model.run(block, hidden[rows, :length], step)
     for handle in handles:
         handle.remove()
-    total = len(experts[0]) if experts else 0
-    return Observation(output, [hits.get(expert, 0) for expert in range(total)], amax)
+    for found in at_once:
+        found.observers.remove(see_rows)
+    total = sum(len(module) for module in experts.values())
+    for leaf, source in (("gate_proj", "gate_proj"), ("up_proj", "gate_proj"), ("down_proj", "down_proj")):
+        if source in grouped:
+            peaks = grouped[source].float().cpu()
+            amax |= {f"{name}.{expert}.{leaf}": peaks[expert].reshape(1) for name in experts for expert in hits}
+    counts = [hits.get(expert, 0) for expert in range(total)]
+    return Observation(output, counts, {name: peak.cpu() for name, peak in amax.items()})

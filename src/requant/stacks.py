@@ -152,17 +152,19 @@ class Stack:
         return out
 
     def quantized(self) -> dict[str, QuantizedWeight]:
-        """What was kept, by Linear."""
+        """What was kept, by Linear, on the stack's device. It is the end of the stack: its own tensors are let go."""
+        self.offsets, self.shrinks, self.held = None, [], None
         found, first = {}, 0
         for name, rows in self.rows.items():
             last = first + rows
-            weight, scales = self.kept_values(first, last).cpu(), self.scales[first:last].cpu()
+            weight, scales = self.kept_values(first, last), self.scales[first:last]
             if self.scheme.is_nvfp4:
-                tensor_scale = self.tensor_scale[first : first + 1].cpu()
+                tensor_scale = self.tensor_scale[first : first + 1]
                 found[name] = QuantizedWeight(weight, scales.to(torch.float8_e4m3fn), tensor_scale)
             else:
                 found[name] = QuantizedWeight(weight, scales)
             first = last
+        self.weight = self.codes = None
         return found
 
 

@@ -5,23 +5,28 @@ The same code runs the source and a packed release: `PackedCheckpoint` hands out
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from requant.architecture import block_count, block_of
+from requant.attention import attention_chosen
 from requant.blocks import empty_block, empty_model, fill
 from requant.checkpoint import Checkpoint
+from requant.devices import prepare_device
 from requant.errors import RequantError
+from requant.grouped import group
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 class StreamedModel:
-    """A causal language model whose blocks are read when they are run."""
+    """A causal language model whose blocks are read when they are run, on `device`; hidden states stay with the CPU."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu"):
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        prepare_device(self.device)
         self.blocks = block_count(checkpoint.config)
         self.empty = empty_model(checkpoint.config)
         self.config = self.empty.config
@@ -39,7 +44,7 @@ class StreamedModel:
         release's scheme says. Raises RequantError naming the tensors that the block lacks or has too many.
         """
         prefix = f"model.layers.{index}."
-        tensors = self.checkpoint.read(self._names.get(index, []))
+        tensors = self.checkpoint.read(self._names.get(index, []), self.device)
         block = fill(
             empty_block(type(self.empty.model.layers[index]), self.config, index),
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
@@ -47,7 +52,12 @@ class StreamedModel:
         )
         if quantize_activations:
             self.checkpoint.round_activations(block, prefix)
-        return block
+        return self.placed(block)
+
+    def placed(self, block: nn.Module) -> nn.Module:
+        """A complete block, ready to run on `device`."""
+        block = block.to(self.device)
+        return group(block) if self.device.type == "cuda" else block
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens int [n, T] -> hidden states BF16 [n, T, width]."""
@@ -63,19 +73,22 @@ class StreamedModel:
         """The block's output for hidden states [n, T, width], `batch_size` samples at a time, causal."""
         output = torch.empty_like(hidden)
         self._check_length(hidden.shape[1])
-        positions = self.positions(hidden.shape[1])
-        for start in range(0, len(hidden), batch_size):
-            batch = hidden[start : start + batch_size]
-            output[start : start + batch_size] = block(batch, position_embeddings=positions)
+        positions = tuple(part.to(self.device) for part in self.positions(hidden.shape[1]))
+        on_gpu = self.device.type == "cuda"
+        with attention_chosen(block, self.device, hidden.shape[1]) if on_gpu else nullcontext():
+            for start in range(0, len(hidden), batch_size):
+                batch = hidden[start : start + batch_size].to(self.device)
+                output[start : start + batch_size] = block(batch, position_embeddings=positions)
         return output
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The final norm and the output matrix, as a function of hidden states that gives float32 logits."""
-        norm, matrix = self._norm(), self.checkpoint.read([self._head_name()])[self._head_name()].to(torch.bfloat16)
+        """The final norm and the output matrix, as a function of hidden states: float32 logits on `device`."""
+        matrix = self.checkpoint.read([self._head_name()])[self._head_name()].to(self.device, torch.bfloat16)
+        norm = self._norm().to(self.device)
 
         @torch.no_grad()
         def logits(hidden: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(norm(hidden), matrix).float()
+            return nn.functional.linear(norm(hidden.to(self.device)), matrix).float()
 
         return logits
 
@@ -107,7 +120,7 @@ class StreamedModel:
         tensors = self.checkpoint.read([EMBEDDING, self._head_name()])
         fill(model.model.embed_tokens, {"weight": tensors[EMBEDDING]}, "embedding")
         fill(model.lm_head, {"weight": tensors[self._head_name()]}, "head")
-        return model.eval()
+        return model.eval().to(self.device)
 
     def _check_length(self, length: int) -> None:
         window = getattr(self.config, "sliding_window", None)

@@ -15,6 +15,7 @@ from requant.checkpoint import Checkpoint
 from requant.config import Tuning
 from requant.errors import RequantError
 from requant.quantize import prepare
+from requant.routed import Routing
 from requant.schemes import SCHEMES
 from requant.streamed import StreamedModel
 
@@ -109,7 +110,7 @@ def test_gradients_of_all_experts_are_autograds_in_float64(skewed, monkeypatch):
         scores[:, 0], scores[:, 5] = 1, 0
     gates, chosen = scores.topk(2)
     gates = gates.clone().requires_grad_()
-    assert bool(fused.Routing.of(chosen, count).size) is not skewed
+    assert bool(Routing.of(chosen, count).size) is not skewed
     of_output = torch.randn(tokens, width, generator=draw).to(torch.bfloat16)
 
     output = block["experts"](hidden, chosen, gates)
@@ -266,12 +267,13 @@ def test_peak_memory_is_what_was_measured_on_a_gpu():
 
     root = Path(__file__).resolve().parents[2]
     sys.path.insert(0, str(root / "benchmarks"))
-    from real_block import SHAPE
+    from real_block import shape_of
 
-    measured = json.loads((root / "benchmarks" / "results" / "real_block_h100.json").read_text())["short"]
-    assert len(measured) >= 5
+    measured = json.loads((root / "benchmarks" / "results" / "real_block_h100.json").read_text())
+    measured = [found for found in measured if found["engine"] == "fused" and "error" not in found]
+    assert len(measured) >= 3
     for found in measured:
-        shape = SHAPE | {"model_type": "deepseek_v3", "n_routed_experts": found["experts"] or 8}
+        shape = shape_of(found["experts"])
         layer = type(empty_model(shape).model.layers[0])
         block = empty_block(layer, model_config(shape), 3 if found["experts"] else 0)
         peak = fused.peak_bytes(block, found["tokens_per_step"], 8, SCHEMES[found["scheme"]], found["iterations"])

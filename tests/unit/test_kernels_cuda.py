@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_signround import random_stack
 
-from requant.fused import Routing
+from requant.routed import Routing
 from requant.stacks import Stack
 
 pytestmark = pytest.mark.gpu
