@@ -114,6 +114,24 @@ class RoutingRecord(Record):
     peak_memory_bytes: int
 
 
+class KeepList(Record):
+    """results/{model}/prune/keep.json: the experts of a model that a pruned one has."""
+
+    model: str = Field(description="the pruned model")
+    source: str = Field(description="the model that it is made from")
+    method: str
+    observe: str
+    calibration: str
+    seed: int = Field(description="of method random")
+    experts_before: int = Field(description="routed experts of each MoE block of the source")
+    experts: int = Field(description="of those, kept")
+    groups: int = Field(description="groups of the router; as many experts are kept in each")
+    blocks: dict[int, list[int]] = Field(description="the kept experts of each MoE block, ascending")
+    never_reached: dict[int, list[int]] = Field(
+        description="experts of the source that no calibration token reached, by block"
+    )
+
+
 class BlockRecord(Record):
     """results/{release}/blocks/{block}.json"""
 

@@ -43,8 +43,12 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ("build", ["other"], "config: build: 'other' is not in `releases`; there: mine-nvfp4"),
         ("build", [], "config: build: []; expected"),
         ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
-        ("models/mine", {}, "config: models.mine.path, hub: neither found; expected one: `path: DIRECTORY`, or `hub:"),
-        ("models/mine", {"path": "x", "hub": "org/name"}, "config: models.mine.path, hub: both found; expected one"),
+        ("models/mine", {}, "config: models.mine.path, hub, from: none found; expected one: `path: DIRECTORY`, `hub:"),
+        (
+            "models/mine",
+            {"path": "x", "hub": "org/name"},
+            "config: models.mine.path, hub, from: path, hub found; expected one",
+        ),
         ("models/mine", {"hub": "name"}, "config: models.mine.hub: 'name'; expected a repository of the hub, ORG/NAME"),
         ("models/mine", {"path": "x", "revision": "main"}, "config: models.mine.revision: 'main'; expected with `hub`"),
         (
