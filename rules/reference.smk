@@ -12,7 +12,7 @@ release of a model shares them.
 
 rule embed:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         shards=outer_shards,
         lib=modules("embed"),
     output:
@@ -31,8 +31,9 @@ rule embed:
 
 rule reference:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         hidden=reference_before,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("reference"),
     output:

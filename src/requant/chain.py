@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from requant.architecture import expert_counts
 from requant.checkpoint import Checkpoint
 from requant.jobs import peak_memory_bytes
-from requant.records import RoutingRecord, write_json
+from requant.records import KeepList, RoutingRecord, write_json
 from requant.routing import observe
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
@@ -39,10 +39,14 @@ def run_reference_block(
     out_routing: str | Path,
     model_name: str,
     calibration: str,
+    keep: KeepList | None = None,
 ) -> RoutingRecord:
-    """Runs block `block` of the source over both token sets; writes its output and the routing record."""
+    """Runs block `block` of a model over both token sets; writes its output and the routing record.
+
+    keep: the experts that a pruned model has of the checkpoint in `source`.
+    """
     start = time.monotonic()
-    model = StreamedModel(Checkpoint(source))
+    model = StreamedModel(Checkpoint(source, keep))
     hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
     module = model.block(block)
     seen = {part: observe(model, module, hidden[part], masks[part]) for part in ("calibration", "heldout")}
