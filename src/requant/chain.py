@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from requant.architecture import expert_counts
 from requant.checkpoint import Checkpoint
 from requant.jobs import peak_memory_bytes
+from requant.pruning import group_count
+from requant.reap import Watch
 from requant.records import RoutingRecord, write_json
 from requant.routing import observe
 from requant.safetensors_io import save
+from requant.saliency import write_table
 from requant.streamed import StreamedModel
 
 
@@ -37,16 +40,20 @@ def run_reference_block(
     block: int,
     out_hidden: str | Path,
     out_routing: str | Path,
+    out_saliency: str | Path,
     model_name: str,
     calibration: str,
 ) -> RoutingRecord:
-    """Runs block `block` of the source over both token sets; writes its output and the routing record."""
+    """Runs block `block` of the source over both token sets; writes its output, the routing record
+    and the experts' saliencies on the calibration tokens."""
     start = time.monotonic()
     model = StreamedModel(Checkpoint(source))
     hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
     module = model.block(block)
-    seen = {part: observe(model, module, hidden[part], masks[part]) for part in ("calibration", "heldout")}
+    watches = {"calibration": Watch(), "heldout": None}
+    seen = {part: observe(model, module, hidden[part], masks[part], watch=watch) for part, watch in watches.items()}
     save(out_hidden, {part: found.output for part, found in seen.items()})
+    write_table(out_saliency, watches["calibration"].table(group_count(model.checkpoint.config)))
     counts = seen["calibration"].tokens_per_expert
     mask = masks["calibration"]
     record = RoutingRecord(
