@@ -6,6 +6,7 @@
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +32,14 @@ def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) 
     """Writes the embeddings of the calibration and held-out tokens, BF16 [n, seqlen, width] each."""
     model, tokens = StreamedModel(Checkpoint(source)), load_file(tokens_path)
     save(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
+
+
+def observe_block(source: str | Path, tokens_path: str | Path, hidden_path: str | Path, block: int) -> pd.DataFrame:
+    """The table of saliencies of block `block`, on the hidden states of the calibration tokens in `hidden_path`."""
+    model, watch = StreamedModel(Checkpoint(source)), Watch()
+    mask = load_masks(load_file(tokens_path))["calibration"]
+    observe(model, model.block(block), load_file(hidden_path)["calibration"], mask, watch=watch)
+    return watch.table(group_count(model.checkpoint.config))
 
 
 def run_reference_block(

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from requant.blocks import Experts
 from requant.chain import embed, run_reference_block
 from requant.checkpoint import Checkpoint
-from requant.config import Prune
 from requant.errors import RequantError
-from requant.keep_list import keep_list
+from requant.keep_list import Pruning, keep_list
 from requant.reap import Watch
 from requant.routing import observe
 from requant.safetensors_io import save
@@ -105,9 +104,8 @@ def test_a_plain_forward_with_hooks_gives_the_same_saliencies_and_keep_list(text
         write_table(theirs[block], expected)
     assert list(seen) == [1, 2, 3, 4, 5]
     for experts in (12, 8):
-        prune = Prune(experts=experts)
-        lists = [keep_list("small", "demo", prune, 16, experts, GROUPS, tables) for tables in (ours, theirs)]
-        assert lists[0] == lists[1]
+        pruning = Pruning("small", "demo", "reap", "oneshot", "c", 42, 16, experts, GROUPS)
+        assert keep_list(pruning, ours) == keep_list(pruning, theirs)
 
 
 def saliency_sums(experts: nn.Module, expert: int, hidden, chosen, gates) -> tuple[int, float, float]:
@@ -205,8 +203,8 @@ def tables(folder: Path, *, tokens: list[int], mass: list[float], groups: int = 
     return {0: folder / "0.csv", 1: folder / "1.csv"}
 
 
-def keep(found: dict[int, Path], experts: int, groups: int = 2, **prune):
-    return keep_list("small", "large", Prune(experts=experts, **prune), 8, experts, groups, found)
+def keep(found: dict[int, Path], experts: int, groups: int = 2, method: str = "reap", seed: int = 42):
+    return keep_list(Pruning("small", "large", method, "oneshot", "c", seed, 8, experts, groups), found)
 
 
 def test_every_group_keeps_its_best_by_the_method(tmp_path):
