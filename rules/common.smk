@@ -34,7 +34,7 @@ from requant.preflight import check_context, check_group, check_numbers, check_s
 from requant.pruning import check_counts, kept_experts
 from requant.schemes import SCHEMES
 from requant.targets import check_deployable, check_scheme
-from requant.view import pruned_config
+from requant.view import group_count, pruned_config, routed_experts
 
 
 wildcard_constraints:
@@ -534,6 +534,57 @@ def benchmark_files(wildcards):
 def source_scores(wildcards):
     """The source model's scores on a release's benchmark."""
     return f"results/reference/{model_of(wildcards)}/benchmark/{benchmark_of(wildcards)}.json"
+
+
+# Pruning
+
+
+def observed(wildcards):
+    """What a pruned model's experts are observed on, as wildcards: its source, and the calibration."""
+    model = CONFIG.models[wildcards.model]
+    return SimpleNamespace(model=model.source_model, calibration=model.prune.calibration)
+
+
+def observed_tokens(wildcards):
+    return tokens_of(observed(wildcards))
+
+
+def observed_record(wildcards):
+    return calibration_record(observed(wildcards))
+
+
+def original_chain(wildcards):
+    """The whole reference chain of a pruned model's source."""
+    return reference_chain(observed(wildcards))
+
+
+def pruned_before(wildcards):
+    """The pruned model's own chain before a block."""
+    own = SimpleNamespace(model=wildcards.model, calibration=observed(wildcards).calibration)
+    return chain_file(own, int(wildcards.block) - 1)
+
+
+def saliency_tables(wildcards):
+    """The table of every block that a keep list is made from."""
+    seen = observed(wildcards)
+    folder = f"results/reference/{seen.model}/{seen.calibration}"
+    if CONFIG.models[wildcards.model].prune.observe == "sequential":
+        folder = f"results/{wildcards.model}/prune"
+    return [f"{folder}/saliency_{block}.csv" for block in blocks_of(wildcards)]
+
+
+def pruning_of(wildcards):
+    """What requant.keep_list.Pruning holds of a pruned model: neither how its number was given, nor comparisons."""
+    model = CONFIG.models[wildcards.model]
+    source_config = checkpoint_plan(model.source_model)[0]
+    return {
+        "model": wildcards.model,
+        "source": model.source_model,
+        **model.prune.model_dump(include={"method", "observe", "calibration", "seed"}),
+        "experts_before": routed_experts(source_config),
+        "experts": kept_experts(wildcards.model, model.prune, source_config),
+        "groups": group_count(source_config),
+    }
 
 
 # Cards

@@ -4,6 +4,7 @@ REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}
 OUTPUTS           embeddings           results/reference/{model}/{calibration}/embedded.safetensors
                   output of a block    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   expert hits          results/reference/{model}/{calibration}/routing_{block}.json
+                  their saliencies     results/reference/{model}/{calibration}/saliency_{block}.csv
 
 The source model's hidden states, block by block. They depend on model and calibration and on no scheme: every
 release of a model shares them.
@@ -39,6 +40,7 @@ rule reference:
     output:
         hidden="results/reference/{model}/{calibration}/hidden_{block}.safetensors",
         routing="results/reference/{model}/{calibration}/routing_{block}.json",
+        saliency="results/reference/{model}/{calibration}/saliency_{block}.csv",
     log:
         "logs/reference/{model}/{calibration}/{block}.log",
     benchmark:

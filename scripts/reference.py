@@ -17,6 +17,7 @@ with job(snakemake.log[0]):
         int(snakemake.wildcards.block),
         snakemake.output.hidden,
         snakemake.output.routing,
+        snakemake.output.saliency,
         snakemake.wildcards.model,
         snakemake.wildcards.calibration,
         read_keep(snakemake.input.keep),

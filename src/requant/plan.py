@@ -328,7 +328,7 @@ def table(records: list[PlanRecord], found: dict[str, int], peak: int) -> str:
     import pandas
 
     columns = {record.release: {"model": model_row(record)} | rows(record) for record in records}
-    frame = pandas.DataFrame(columns)
+    frame = pandas.DataFrame(columns, index=list(max(columns.values(), key=len))).fillna("none")
     lines = frame.to_string(justify="left", formatters=left_aligned(frame)).splitlines()
     unknown = "" if all(record.source_files_known for record in records) else ", and one for each file of the source"
     total = f"jobs of the whole build: {sum(found.values())}{unknown}; disk at its peak: {gb(peak)}"

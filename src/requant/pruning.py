@@ -10,12 +10,7 @@ from typing import Any
 from requant.architecture import expert_counts
 from requant.config import Prune
 from requant.errors import RequantError
-from requant.view import routed_experts
-
-
-def group_count(config: dict[str, Any]) -> int:
-    """Groups that the router limits its choice to; 1 for a router that knows none."""
-    return config.get("n_group") or 1
+from requant.view import group_count, routed_experts
 
 
 def kept_experts(model: str, prune: Prune, config: dict[str, Any]) -> int:
@@ -33,7 +28,7 @@ def kept_experts(model: str, prune: Prune, config: dict[str, Any]) -> int:
     found = f"{where}.{key}: {getattr(prune, key)}"
     kept = prune.experts or before - groups * int(prune.ratio * before / groups + 0.5)
     if kept >= before:
-        raise RequantError(f"{found} drops none of {before} experts; expected a number that drops some")
+        raise RequantError(f"{found}: drops none of {before} experts; expected a number that drops some")
     if kept % groups:
         raise RequantError(f"{found}: the router has {groups} groups (n_group); expected as many experts in each")
     _check_choice(found, kept, groups, config)
@@ -44,18 +39,20 @@ def _check_choice(found: str, kept: int, groups: int, config: dict[str, Any]) ->
     """Raises RequantError, beginning with what was `found`, unless the router can choose of `kept` experts."""
     chosen = config.get("num_experts_per_tok") or 1
     if kept < chosen:
-        raise RequantError(f"{found} keeps {kept} experts; the router chooses {chosen} a token; expected fewer dropped")
+        raise RequantError(
+            f"{found}: experts kept: {kept}; the router chooses {chosen} a token; expected fewer dropped"
+        )
     if groups == 1:
         return
     each, open_groups = kept // groups, config.get("topk_group") or groups
     if each < 2:
         raise RequantError(
-            f"{found} keeps {each} experts in each of {groups} groups; a group's score is the sum of its two best; "
+            f"{found}: experts kept in each of {groups} groups: {each}; a group's score is the sum of its two best; "
             "expected 2 or more"
         )
     if open_groups * each < chosen:
         raise RequantError(
-            f"{found} keeps {each} experts in each of {groups} groups; the router chooses {chosen} a token of "
+            f"{found}: experts kept in each of {groups} groups: {each}; the router chooses {chosen} a token of "
             f"{open_groups} groups (topk_group); expected fewer dropped"
         )
 

@@ -251,6 +251,22 @@ class EvaluateRecord(Record):
     peak_memory_bytes: int
 
 
+class PruneEvaluateRecord(Record):
+    """results/{model}/prune/evaluate.json: a pruned model against the original, on the held-out tokens."""
+
+    model: str = Field(description="the pruned model")
+    source: str = Field(description="the original")
+    tokens: int = Field(description="predicted tokens")
+    samples: int
+    seqlen: int
+    heldout_sha256: str
+    original: ModelQuality
+    pruned: ModelQuality
+    block_mse: list[float] = Field(description="by block: mean squared error of the hidden states")
+    seconds: float
+    peak_memory_bytes: int
+
+
 class Answer(Record):
     prompt: str
     answer: str

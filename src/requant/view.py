@@ -23,6 +23,11 @@ def routed_experts(config: dict[str, Any]) -> int:
     return next((config[key] for key in EXPERT_COUNTS if config.get(key)), 0)
 
 
+def group_count(config: dict[str, Any]) -> int:
+    """Groups that the router limits its choice to; 1 for a router that knows none."""
+    return config.get("n_group") or 1
+
+
 def pruned_config(config: dict[str, Any], experts: int) -> dict[str, Any]:
     """The config.json of a model that keeps `experts` of its routed experts, and no multi-token prediction."""
     changed = dict.fromkeys((key for key in EXPERT_COUNTS if config.get(key)), experts)
