@@ -7,13 +7,16 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_verify import make_release
 
 from requant.checkpoint import INDEX, Checkpoint
+from requant.config import VERIFY_DEFAULTS
 from requant.errors import RequantError
 from requant.locks import tensors_of
-from requant.records import KeepList
+from requant.records import KeepList, PackRecord, read_json
 from requant.safetensors_io import read_header
 from requant.streamed import StreamedModel
+from requant.verify import verify
 
 EVERY_BLOCK = ("mixtral", "qwen3_moe")  # families with experts in every block; the others' first is dense
 # Two of each group of 4 in blocks 1 and 2; of 8 experts otherwise.
@@ -60,7 +63,8 @@ def prune_by_hand(source, directory, family: str, keep: dict[int, list[int]]):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     key = next(key for key in ("n_routed_experts", "num_experts", "num_local_experts") if key in config)
-    tiny.edit_config(directory, **{key: len(next(iter(keep.values())))})
+    changed = {key: len(next(iter(keep.values())))} | {"num_nextn_predict_layers": 0}
+    tiny.edit_config(directory, **{key: value for key, value in changed.items() if key in config})
     return directory
 
 
@@ -103,6 +107,36 @@ def assert_transformers_agrees(directory, logits: torch.Tensor) -> None:
     with torch.no_grad():
         theirs = loaded(TOKENS).logits.float()
     assert (theirs - logits).abs().max() < 0.03 * logits.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "blocks"),
+    [("deepseek_v3", "NVFP4", GROUPED), ("qwen3_moe", "W3A16", PLAIN), ("mixtral", "NVFP4", PLAIN)],
+)
+def test_a_pruned_release_is_that_of_the_checkpoint_pruned_by_hand(tmp_path, family, scheme, blocks):
+    """Byte for byte, config.json included; and it is verified against the view."""
+    changes = {"n_group": 2, "topk_group": 1} if family == "deepseek_v3" else {}
+    source = tiny.write_checkpoint(tmp_path / "whole", family, **changes)
+    by_hand = prune_by_hand(source, tmp_path / "hand", family, blocks)
+    keep = keep_of(blocks)
+    of_view = make_release(tmp_path / "view", source, scheme, experts=keep)
+    of_hand = make_release(tmp_path / "plain", by_hand, scheme)
+    names = {path.name for path in (of_hand / "model").iterdir()}
+    assert names == {path.name for path in (of_view / "model").iterdir()}
+    for name in names:
+        assert (of_view / "model" / name).read_bytes() == (of_hand / "model" / name).read_bytes(), name
+    record, other = (read_json(folder / "pack.json", PackRecord) for folder in (of_view, of_hand))
+    different = {"source_bytes", "seconds"}
+    assert record.model_dump(exclude=different) == other.model_dump(exclude=different)
+    assert record.routed_experts == len(blocks[1]) and record.parameters == other.parameters
+    limits = VERIFY_DEFAULTS[scheme]
+    found = verify(source, of_view / "model", "r", limits, 2, tmp_path / "verify.json", keep)
+    assert found.source_tensors == len(Checkpoint(by_hand).index)
+    other_keep = keep_of({block: sorted({7 - expert for expert in experts}) for block, experts in blocks.items()})
+    with pytest.raises(RequantError, match="expected 0.98|expected 0.93|the same bytes"):
+        verify(source, of_view / "model", "r", limits, 2, tmp_path / "verify.json", other_keep)
+    with pytest.raises(RequantError, match="is missing; the source has it"):
+        verify(source, of_view / "model", "r", limits, 2, tmp_path / "verify.json")
 
 
 def test_a_view_of_an_fp8_source_decodes_what_it_keeps(tmp_path):
