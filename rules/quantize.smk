@@ -14,6 +14,7 @@ rule quantize:
         tokens=tokens_of,
         hidden=tuning_inputs,
         targets=reference_after,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("quantize"),
     output:

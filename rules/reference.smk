@@ -13,7 +13,7 @@ release of a model shares them.
 
 rule embed:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         shards=outer_shards,
         lib=modules("embed"),
     output:
@@ -32,8 +32,9 @@ rule embed:
 
 rule reference:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         hidden=reference_before,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("reference"),
     output:

@@ -15,7 +15,7 @@ from requant.checkpoint import Checkpoint
 from requant.jobs import peak_memory_bytes
 from requant.pruning import group_count
 from requant.reap import Watch
-from requant.records import RoutingRecord, write_json
+from requant.records import KeepList, RoutingRecord, write_json
 from requant.routing import observe
 from requant.safetensors_io import save
 from requant.saliency import write_table
@@ -52,11 +52,15 @@ def run_reference_block(
     out_saliency: str | Path,
     model_name: str,
     calibration: str,
+    keep: KeepList | None = None,
 ) -> RoutingRecord:
-    """Runs block `block` of the source over both token sets; writes its output, the routing record
-    and the experts' saliencies on the calibration tokens."""
+    """Runs block `block` of a model over both token sets; writes its output, the routing record and the saliencies of
+    its experts on the calibration tokens.
+
+    keep: the experts that a pruned model has of the checkpoint in `source`.
+    """
     start = time.monotonic()
-    model = StreamedModel(Checkpoint(source))
+    model = StreamedModel(Checkpoint(source, keep))
     hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
     module = model.block(block)
     watches = {"calibration": Watch(), "heldout": None}

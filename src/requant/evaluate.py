@@ -105,11 +105,15 @@ def evaluate(
     model_name: str,
     threads: int,
     out_record: Path,
+    keep: KeepList | None = None,
 ) -> EvaluateRecord:
-    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ...."""
+    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ....
+
+    keep: the experts that a pruned model has of the source.
+    """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    original, packed = StreamedModel(Checkpoint(source)), PackedCheckpoint(packed_dir)
+    original, packed = StreamedModel(Checkpoint(source, keep)), PackedCheckpoint(packed_dir)
     shipped = StreamedModel(packed)
     tokens_file = load_file(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]

@@ -1,4 +1,4 @@
-"""How many routed experts a pruned model has, and what its config.json says: arithmetic, without torch.
+"""How many routed experts a pruned model has: arithmetic on config.json and the config, without torch.
 
 A router that limits its choice to groups (DeepSeek-V3: `n_group`, `topk_group`) numbers its experts group by group, so
 every group loses as many; else experts that are numbered anew would land in groups that they were not trained in.
@@ -10,12 +10,7 @@ from typing import Any
 from requant.architecture import expert_counts
 from requant.config import Prune
 from requant.errors import RequantError
-from requant.naming import EXPERT_COUNTS
-
-
-def routed_experts(config: dict[str, Any]) -> int:
-    """Routed experts of a MoE block, as config.json counts them; 0 if it counts none."""
-    return next((config[key] for key in EXPERT_COUNTS if config.get(key)), 0)
+from requant.view import routed_experts
 
 
 def group_count(config: dict[str, Any]) -> int:
@@ -77,11 +72,3 @@ def check_counts(model: str, tensors: Iterable[str], config: dict[str, Any]) -> 
                 f"models.{model}.prune: block {block} has {count} experts; config.json counts {before}: expected as "
                 "many in each MoE block"
             )
-
-
-def pruned_config(config: dict[str, Any], experts: int) -> dict[str, Any]:
-    """The config.json of a model that keeps `experts` of its routed experts, and no multi-token prediction."""
-    changed = dict.fromkeys((key for key in EXPERT_COUNTS if config.get(key)), experts)
-    if config.get("num_nextn_predict_layers"):
-        changed["num_nextn_predict_layers"] = 0
-    return config | changed

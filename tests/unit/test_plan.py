@@ -50,7 +50,12 @@ def subject(data: dict, release: str, directory: Path, lock: Path | None = None)
     config = parse(data)
     found = config.releases[release]
     calibration, target = config.calibrations[found.calibration], config.targets[found.deploy.target]
-    return Subject(release, found, calibration, target, str(directory), lock and str(lock))
+    model = config.models[found.model]
+    pruning = {}
+    if model.prune:
+        observed = config.calibrations[model.prune.calibration]
+        pruning = {"pruned_from": model.source_model, "prune": model.prune, "observed": observed}
+    return Subject(release, found, calibration, target, str(directory), lock and str(lock), **pruning)
 
 
 @pytest.fixture(scope="module")
