@@ -54,8 +54,8 @@ def run_reference_block(
     calibration: str,
     keep: KeepList | None = None,
 ) -> RoutingRecord:
-    """Runs block `block` of a model over both token sets; writes its output, the routing record
-    and the experts' saliencies on the calibration tokens.
+    """Runs block `block` of a model over both token sets; writes its output, the routing record and the saliencies of
+    its experts on the calibration tokens.
 
     keep: the experts that a pruned model has of the checkpoint in `source`.
     """
