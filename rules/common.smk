@@ -351,11 +351,14 @@ def preflight(release):
 
 
 def reference_chains(release):
-    """(model, calibration) of the chains that a release rests on: its model's, and what that was observed for pruning."""
+    """(model, calibration) of the chains that a release rests on: its model's, and those that its pruning needs."""
     settings = CONFIG.releases[release]
-    model = CONFIG.models[settings.model]
-    observed = [(model.source_model, model.prune.calibration)] if model.prune else []
-    return [(settings.model, settings.calibration), *observed]
+    name, model = settings.model, CONFIG.models[settings.model]
+    if model.prune is None:
+        return [(name, settings.calibration)]
+    walked = [name, *comparisons(name)] if model.prune.observe == "sequential" else []
+    observed = [(other, model.prune.calibration) for other in (model.source_model, *walked)]
+    return [(name, settings.calibration), (model.source_model, settings.calibration), *observed]
 
 
 def shard_bytes(model, shards):
