@@ -63,7 +63,10 @@ class Subject:
         """(model, name of the calibration, calibration) of each reference chain that the release rests on."""
         settings = self.settings
         found = [(settings.model, settings.calibration, self.calibration)]
-        return found if self.prune is None else [*found, (self.pruned_from, self.prune.calibration, self.observed)]
+        if self.prune is None:
+            return found
+        walked = settings.model if self.prune.observe == "sequential" else self.pruned_from
+        return [*found, (walked, self.prune.calibration, self.observed)]
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,10 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
             once |= {("calibrate", files, name), ("embed", walked, name)}
             once |= {("reference", walked, name, block) for block in range(blocks)}
             once |= {("demo_text", text.path) for text in texts(calibration) if made_text(text)}
+        if subject.prune is not None:
+            once.add(("keep", model))
+            by_block = ("observe", "keep_block") if subject.prune.observe == "sequential" else ()
+            once |= {(rule, model, block) for rule in by_block for block in range(blocks)}
         moe = moe or any(kind.experts for kind in source.structure.kinds)
     found.update(Counter(key[0] for key in once))
     found.update(["card", "plot_build", "all", *(["plot_experts"] if moe else [])])
