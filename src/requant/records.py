@@ -244,6 +244,12 @@ class EvaluateRecord(Record):
     source: ModelQuality
     rounded: ModelQuality = Field(description="plain rounding, iterations 0")
     quantized: ModelQuality
+    original: ModelQuality | None = Field(
+        None, description="the model that `model` is pruned from, against itself; null if it is not pruned"
+    )
+    against_original: ModelQuality | None = Field(
+        None, description="the release against that model: what pruning and quantization cost together"
+    )
     block_mse: list[dict[str, float]] = Field(
         description="by block: mean squared error of the hidden states, `rounded` and `quantized`"
     )
