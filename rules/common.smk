@@ -342,23 +342,24 @@ def preflight(release):
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config)
-    for walked, calibration in reference_chains(release):
+    for walked, calibration, ends in reference_chains(release):
         at = CONFIG.calibrations[calibration]
-        chain |= reference_files(walked, source_name(model), calibration, at, model_config)
+        chain |= reference_files(walked, source_name(model), calibration, at, model_config, ends)
     stored = shard_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
 
 
 def reference_chains(release):
-    """(model, calibration) of the chains that a release rests on: its model's, and those that its pruning needs."""
+    """(model, calibration, whether the last block is run) of the chains that a release and its pruning rest on."""
     settings = CONFIG.releases[release]
     name, model = settings.model, CONFIG.models[settings.model]
     if model.prune is None:
-        return [(name, settings.calibration)]
+        return [(name, settings.calibration, True)]
     walked = [name, *comparisons(name)] if model.prune.observe == "sequential" else []
-    observed = [(other, model.prune.calibration) for other in (model.source_model, *walked)]
-    return [(name, settings.calibration), (model.source_model, settings.calibration), *observed]
+    decided = [(other, model.prune.calibration, False) for other in walked]
+    whole = [(model.source_model, found) for found in (settings.calibration, model.prune.calibration)]
+    return [*((other, found, True) for other, found in [(name, settings.calibration), *whole]), *decided]
 
 
 def shard_bytes(model, shards):

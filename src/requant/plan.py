@@ -203,8 +203,9 @@ def memory_of_jobs(subject: Subject, model: Structure, whole: Structure) -> dict
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     found = cpu_bytes(model, subject.calibration, scheme, tuning)
     if subject.prune is not None:
-        observing = cpu_bytes(whole, subject.observed, scheme, tuning)["reference"]
-        found["reference"] = max(found["reference"], observing)
+        original = cpu_bytes(whole, subject.observed, scheme, tuning)
+        found["reference"] = max(found["reference"], original["reference"])
+        found["benchmark_source"] = original["benchmark"]
     return found
 
 
@@ -245,7 +246,7 @@ def states(subject: Subject, model: Structure) -> dict[str, int]:
     if subject.prune is not None and subject.prune.observe == "sequential":
         for walked in subject.rivals():
             at = subject.prune.calibration
-            files |= reference_files(walked, subject.files_of, at, subject.observed, model.config)
+            files |= reference_files(walked, subject.files_of, at, subject.observed, model.config, ends=False)
     return files
 
 
