@@ -135,10 +135,15 @@ def test_what_cannot_be_pruned_is_one_line_before_a_job_starts(tmp_path):
         assert done.returncode and "Traceback" not in done.stderr and "common.smk" not in done.stderr
         return line
 
-    assert refused().startswith("error: models.ds-50.prune.ratio: 0.9: experts kept in each of 2 groups: 0; a group")
+    assert refused().startswith("error: models.ds-50.prune.ratio: 0.9: experts kept: 0; the router chooses 2 a token")
     assert refused("lock", "--config", "model=ds-50").startswith(
         "error: --config model=ds-50: not in `models`, or pruned from one; expected one of "
     )
-    build.configure(lambda data: data["models"]["ds-50"]["prune"].update(ratio=0.5, observe="sequential"))
+
+
+def test_jobs_of_sequential_pruning_are_planned_as_they_are_counted(tmp_path):
+    build = lay_out(tmp_path, observe="sequential", compare=["random"], calibration="other")
     jobs = build.planned()
-    assert (jobs["observe"], jobs["keep_block"], jobs["keep"]) == (BLOCKS, BLOCKS, 1)
+    assert (jobs["observe"], jobs["keep"]) == (2 * BLOCKS, 2), "for each of the two models"
+    build.run("plan")
+    assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == jobs | {"all": 1}
