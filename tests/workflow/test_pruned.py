@@ -6,16 +6,31 @@ import pytest
 import tiny
 import yaml
 from building import TASK, Build
+from safetensors.torch import load_file
 
 from requant.checkpoint import Checkpoint
 from requant.packed import PackedCheckpoint
-from requant.records import DeployRecord, KeepList, PackRecord, PlanRecord, VerifyRecord, read_json
+from requant.reap import Watch
+from requant.records import (
+    DeployRecord,
+    EvaluateRecord,
+    KeepList,
+    PackRecord,
+    PlanRecord,
+    PruneEvaluateRecord,
+    VerifyRecord,
+    read_json,
+)
+from requant.routing import observe
+from requant.saliency import read_table
+from requant.streamed import StreamedModel
+from requant.wording import ranges, with_error
 
 BLOCKS = 2  # one dense, one with 8 experts in 2 groups
 
 
-def lay_out(directory, **prune) -> Build:
-    changes = {"num_hidden_layers": BLOCKS, "n_group": 2, "topk_group": 1, "mtp": True, "shard_size": "1MB"}
+def lay_out(directory, blocks: int = BLOCKS, **prune) -> Build:
+    changes = {"num_hidden_layers": blocks, "n_group": 2, "topk_group": 1, "mtp": True, "shard_size": "1MB"}
     tiny.write_checkpoint(directory / "models/ds", "deepseek_v3", seed=7, **changes)
     tiny.write_text(directory / "text.txt", 100, 1)
     (directory / "tasks").mkdir()
@@ -48,7 +63,7 @@ def lay_out(directory, **prune) -> Build:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Build:
     """A build to the card, planned and counted before it ran."""
-    build = lay_out(tmp_path_factory.mktemp("pruned"))
+    build = lay_out(tmp_path_factory.mktemp("pruned"), compare=["random"])
     build.run("lock", "--config", "model=ds")
     build.run("plan")
     counted = build.planned() | {"all": 1}
@@ -84,7 +99,7 @@ def test_source_and_tokens_are_those_of_the_model_that_was_pruned(pruned):
     results = pruned.directory / "results"
     assert [path.name for path in (results / "source").iterdir()] == ["ds"]
     assert [path.name for path in (results / "calibration").iterdir()] == ["ds"]
-    assert sorted(path.name for path in (results / "reference").iterdir()) == ["ds", "ds-50"]
+    assert sorted(path.name for path in (results / "reference").iterdir()) == ["ds", "ds-50", "ds-50.random"]
     embedded = [results / f"reference/{model}/small/embedded.safetensors" for model in ("ds", "ds-50")]
     assert embedded[0].read_bytes() == embedded[1].read_bytes()
 
@@ -141,9 +156,54 @@ def test_what_cannot_be_pruned_is_one_line_before_a_job_starts(tmp_path):
     )
 
 
-def test_jobs_of_sequential_pruning_are_planned_as_they_are_counted(tmp_path):
-    build = lay_out(tmp_path, observe="sequential", compare=["random"], calibration="other")
-    jobs = build.planned()
-    assert (jobs["observe"], jobs["keep"]) == (2 * BLOCKS, 2), "for each of the two models"
-    build.run("plan")
-    assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == jobs | {"all": 1}
+def test_the_card_tells_what_went_and_holds_the_model_against_others(pruned):
+    text = (pruned.directory / "results/ds-50-nvfp4/model/README.md").read_text()
+    keep = record(pruned, "ds-50/prune/keep", KeepList)
+    assert (
+        "**4 of 8 routed experts** of `ds` are kept in each of its 1 MoE block, 2 of 4 in each of the router's" in text
+    )
+    dropped = sorted(set(range(8)) - set(keep.blocks[1]))
+    assert f"| 1 | {ranges(dropped)} |" in text
+    assert (pruned.directory / "results/ds-50-nvfp4/model/saliency.png").stat().st_size > 5000
+    assert "| | `ds` | `ds-50` | `ds-50.random` |" in text
+    for model in ("ds-50", "ds-50.random"):
+        measured = record(pruned, f"{model}/prune/evaluate", PruneEvaluateRecord)
+        assert measured.pruned.kl_divergence > 0 == measured.original.kl_divergence
+        assert with_error(measured.pruned.kl_divergence, measured.pruned.kl_divergence_stderr) in text
+    released = record(pruned, "ds-50-nvfp4/evaluate", EvaluateRecord)
+    assert released.source.kl_divergence == 0 < released.quantized.kl_divergence
+    assert (
+        released.original.perplexity == record(pruned, "ds-50/prune/evaluate", PruneEvaluateRecord).original.perplexity
+    )
+    assert released.against_original.kl_divergence != released.quantized.kl_divergence
+
+
+def test_in_sequence_a_block_is_observed_on_what_the_pruned_blocks_before_it_give(tmp_path):
+    build = lay_out(tmp_path, blocks=3, observe="sequential")
+    build.run("results/ds-50/prune/evaluate.json")
+    keep = record(build, "ds-50/prune/keep", KeepList)
+    steps = [record(build, f"ds-50/prune/keep_{block}", KeepList) for block in (0, 1)]
+    assert steps[0].blocks == {} and steps[1].blocks == {1: keep.blocks[1]} and list(keep.blocks) == [1, 2]
+
+    source = tmp_path / "models/ds"
+    tokens = load_file(tmp_path / "results/calibration/ds/small/tokens.safetensors")["calibration"]
+    original, pruned = StreamedModel(Checkpoint(source)), StreamedModel(Checkpoint(source, keep))
+    before = original.run(original.block(0), original.embed(tokens))
+    after_pruned, after_whole = (model.run(model.block(1), before) for model in (pruned, original))
+    tables = []
+    for hidden in (after_pruned, after_whole):
+        watch = Watch()
+        observe(original, original.block(2), hidden, None, watch=watch)
+        tables.append(watch.table(2))
+    found = read_table(tmp_path / "results/ds-50/prune/saliency_2.csv")
+    assert found["saliency"].tolist() == pytest.approx(tables[0]["saliency"].tolist(), rel=1e-6)
+    assert found["saliency"].tolist() != pytest.approx(tables[1]["saliency"].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("observe_mode", ["oneshot", "sequential"])
+def test_a_plan_counts_the_jobs_of_comparisons(tmp_path, observe_mode):
+    build = lay_out(tmp_path, observe=observe_mode, compare=["random", "frequency"])
+    for calibration in ("small", "other"):
+        build.configure(lambda data, name=calibration: data["releases"]["ds-50-nvfp4"].update(calibration=name))
+        build.run("plan")
+        assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == build.planned() | {"all": 1}
