@@ -207,3 +207,19 @@ def test_a_plan_counts_the_jobs_of_comparisons(tmp_path, observe_mode):
         build.configure(lambda data, name=calibration: data["releases"]["ds-50-nvfp4"].update(calibration=name))
         build.run("plan")
         assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == build.planned() | {"all": 1}
+
+
+def test_a_pruned_model_of_the_hub_is_planned_from_its_sources_lock(tmp_path):
+    build = lay_out(tmp_path)
+    build.run("lock", "--config", "model=ds")
+    path, revision = tmp_path / "locks/ds.json", "0" * 40
+    lock = json.loads(path.read_text()) | {"revision": revision}
+    path.write_text(json.dumps(lock))
+    (tmp_path / "models/ds").rename(tmp_path / "elsewhere")
+    build.configure(lambda data: data["models"].update(ds={"hub": "org/name", "revision": revision}))
+    jobs = build.planned()
+    assert (jobs["download"], jobs["source"], jobs["keep"]) == (len(lock["files"]), 1, 1), "no file twice"
+    build.run("plan")
+    plan = record(build, "ds-50-nvfp4/plan", PlanRecord)
+    assert plan.jobs == jobs | {"all": 1} and plan.basis == "lock" and plan.routed_experts == 4
+    assert plan.download_bytes == sum(entry["size"] for entry in lock["files"].values())
