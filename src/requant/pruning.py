@@ -12,6 +12,13 @@ from requant.config import Prune
 from requant.errors import RequantError
 from requant.view import group_count, routed_experts
 
+# Numbers that the router needs; where config.json has none, transformers takes its own for the family.
+ROUTER_KEYS = {
+    "deepseek_v3": ("num_experts_per_tok", "n_group", "topk_group"),
+    "deepseek_v32": ("num_experts_per_tok", "n_group", "topk_group"),
+    "kimi_k2": ("num_experts_per_tok", "n_group", "topk_group"),
+}
+
 
 def kept_experts(model: str, prune: Prune, config: dict[str, Any]) -> int:
     """Experts that each MoE block of `model` keeps, of the source whose config.json is `config`.
@@ -22,6 +29,9 @@ def kept_experts(model: str, prune: Prune, config: dict[str, Any]) -> int:
     where, before, groups = f"models.{model}.prune", routed_experts(config), group_count(config)
     if not before:
         raise RequantError(f"{where}: the source has no routed experts (config.json); expected a mixture of experts")
+    for name in ROUTER_KEYS.get(config.get("model_type"), ("num_experts_per_tok",)):
+        if not isinstance(config.get(name), int):
+            raise RequantError(f"{where}: config.json: {name}: {config.get(name)!r}; expected a number")
     if before % groups:
         raise RequantError(f"{where}: {before} experts in {groups} groups (config.json); expected as many in each")
     key = "ratio" if prune.experts is None else "experts"
@@ -37,7 +47,7 @@ def kept_experts(model: str, prune: Prune, config: dict[str, Any]) -> int:
 
 def _check_choice(found: str, kept: int, groups: int, config: dict[str, Any]) -> None:
     """Raises RequantError, beginning with what was `found`, unless the router can choose of `kept` experts."""
-    chosen = config.get("num_experts_per_tok") or 1
+    chosen = config["num_experts_per_tok"]
     if kept < chosen:
         raise RequantError(
             f"{found}: experts kept: {kept}; the router chooses {chosen} a token; expected fewer dropped"

@@ -325,7 +325,8 @@ def load(root: Path, release=NVFP4, **changes) -> ReleaseFacts:
 
 
 def provenance_of(facts: ReleaseFacts, commit: str | None = "0123abc") -> Provenance:
-    return collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
+    pruning = (facts.pruning.keep, facts.pruning.calibration) if facts.pruning else ()
+    return collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit, *pruning)
 
 
 def change(root: Path, path: str, edit) -> None:

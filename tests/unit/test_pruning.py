@@ -49,6 +49,16 @@ def test_the_public_releases_keep_their_number_of_experts(ratio, kept):
     ("config", "prune", "message"),
     [
         ({}, {"ratio": 0.5}, "models.m.prune: the source has no routed experts (config.json)"),
+        (
+            PLAIN | {"num_experts_per_tok": None},
+            {"ratio": 0.5},
+            "models.m.prune: config.json: num_experts_per_tok: None",
+        ),
+        (
+            {key: GROUPS[key] for key in GROUPS if key != "n_group"} | {"model_type": "deepseek_v3"},
+            {"ratio": 0.5},
+            "models.m.prune: config.json: n_group: None; expected a number",
+        ),
         (GROUPS | {"n_group": 5}, {"ratio": 0.5}, "models.m.prune: 16 experts in 5 groups (config.json)"),
         (GROUPS, {"ratio": 0.1}, "models.m.prune.ratio: 0.1: drops none of 16 experts"),
         (GROUPS, {"experts": 16}, "models.m.prune.experts: 16: drops none of 16 experts"),

@@ -150,13 +150,10 @@ def test_what_cannot_be_pruned_is_one_line_before_a_job_starts(tmp_path):
         assert done.returncode and "Traceback" not in done.stderr and "common.smk" not in done.stderr
         return line
 
-    assert refused().startswith("error: models.ds-50.prune.ratio: 0.9: experts kept in each of 2 groups: 0; a group")
+    assert refused().startswith("error: models.ds-50.prune.ratio: 0.9: experts kept: 0; the router chooses 2 a token")
     assert refused("lock", "--config", "model=ds-50").startswith(
         "error: --config model=ds-50: not in `models`, or pruned from one; expected one of "
     )
-    build.configure(lambda data: data["models"]["ds-50"]["prune"].update(ratio=0.5, observe="sequential"))
-    jobs = build.planned()
-    assert (jobs["observe"], jobs["keep_block"], jobs["keep"]) == (BLOCKS, BLOCKS, 1)
 
 
 def test_the_card_tells_what_went_and_holds_the_model_against_others(pruned):
@@ -210,3 +207,19 @@ def test_a_plan_counts_the_jobs_of_comparisons(tmp_path, observe_mode):
         build.configure(lambda data, name=calibration: data["releases"]["ds-50-nvfp4"].update(calibration=name))
         build.run("plan")
         assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == build.planned() | {"all": 1}
+
+
+def test_a_pruned_model_of_the_hub_is_planned_from_its_sources_lock(tmp_path):
+    build = lay_out(tmp_path)
+    build.run("lock", "--config", "model=ds")
+    path, revision = tmp_path / "locks/ds.json", "0" * 40
+    lock = json.loads(path.read_text()) | {"revision": revision}
+    path.write_text(json.dumps(lock))
+    (tmp_path / "models/ds").rename(tmp_path / "elsewhere")
+    build.configure(lambda data: data["models"].update(ds={"hub": "org/name", "revision": revision}))
+    jobs = build.planned()
+    assert (jobs["download"], jobs["source"], jobs["keep"]) == (len(lock["files"]), 1, 1), "no file twice"
+    build.run("plan")
+    plan = record(build, "ds-50-nvfp4/plan", PlanRecord)
+    assert plan.jobs == jobs | {"all": 1} and plan.basis == "lock" and plan.routed_experts == 4
+    assert plan.download_bytes == sum(entry["size"] for entry in lock["files"].values())
