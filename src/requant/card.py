@@ -493,10 +493,11 @@ def pruned_models(releases: Sequence[ReleaseFacts]) -> list[ReleaseFacts]:
 def variant_table(releases: Sequence[ReleaseFacts]) -> list[list[str]]:
     """Originals and releases, a row each after the head: what they are, and their quality against the original.
 
-    Scores are given if all releases were measured on one benchmark.
+    Of each task the first score is given, if all releases were measured on one benchmark.
     """
     shared = len({facts.benchmark.benchmark for facts in releases}) == 1
-    keys = [score_key(score) for score in releases[0].source_benchmark.scores] if shared else []
+    first_of_task = {score.task: score for score in reversed(releases[0].source_benchmark.scores)}
+    keys = [score_key(first_of_task[task]) for task in reversed(first_of_task)] if shared else []
     head = ["Model", "Format", "Experts a block", "Parameters", "Size", "KL, nats a token", "Top-1", "Perplexity"]
     rows = [[*head, *map(wording.cell, keys)]]
     for first in sources(releases):

@@ -779,7 +779,7 @@ def test_pruning_tells_what_went_how_it_was_chosen_and_what_it_cost(pruned):
     assert "the router's 4 groups. They were chosen by REAP saliency" in text
     assert "Observed: all blocks of the original model in one pass, over the calibration tokens `default`." in text
     assert "no calibration token reached: block 3: 0, 4." in text
-    assert "![Saliency of each expert by block, dropped experts crossed out](saliency.png)" in text
+    assert "![Saliency of each expert by block, dropped experts marked](saliency.png)" in text
     tokens = sum(100 + expert for expert in range(16))
     lost_tokens, lost_mass = 100 + 104 + 108 + 112, 100 + 104 + 108 + 112
     mass = sum((1 + expert % 4) * (100 + expert) for expert in range(16))
