@@ -43,7 +43,8 @@ def in_sequence(chosen: Pruning, states: dict[str, torch.Tensor], folder: Path) 
         observe(original, original.block(block), hidden, None, watch=watch)
         write_table(tables[block], watch.table(GROUPS))
         keep = keep_list(chosen, {block: tables[block]})
-        hidden = StreamedModel(Checkpoint(MODEL, keep)).run(StreamedModel(Checkpoint(MODEL, keep)).block(block), hidden)
+        pruned = StreamedModel(Checkpoint(MODEL, keep))
+        hidden = pruned.run(pruned.block(block), hidden)
     return keep_list(chosen, tables)
 
 
