@@ -5,8 +5,10 @@ REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluat
                                           results/calibration/{model}/{calibration}/calibration.json,
                                           results/reference/{model}/{calibration}/routing_{block}.json,
                                           results/reference/{model}/benchmark/{benchmark}.json
+                  of a pruned model       results/{model}/prune/{keep,evaluate}.json, and those of the models that
+                                          it is held against; its tables of saliencies
 OUTPUTS           card of a release       results/{release}/model/README.md
-                  its pictures            results/{release}/model/{loss,hidden_states}.png
+                  its pictures            results/{release}/model/{loss,hidden_states}.png (saliency: if pruned)
                   its provenance          results/{release}/model/provenance.json
                   card of the build       model_card.md
                   its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any)
@@ -45,11 +47,35 @@ rule plot_release:
         "../scripts/plot_release.py"
 
 
+rule plot_saliency:
+    input:
+        keep=keep_list_of,
+        tables=tables_of,
+        lib=modules("plot_saliency"),
+    output:
+        saliency=report(
+            "results/{release}/model/saliency.png",
+            caption="../report/saliency.rst",
+            category="Releases",
+            subcategory="{release}",
+            labels={"figure": "saliency of the experts"},
+        ),
+    log:
+        "logs/plot_saliency/{release}.log",
+    benchmark:
+        "results/benchmarks/plot_saliency/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    script:
+        "../scripts/plot_saliency.py"
+
+
 rule release_card:
     input:
         records=release_records,
         loss="results/{release}/model/loss.png",
         hidden_states="results/{release}/model/hidden_states.png",
+        saliency=saliency_picture,
         templates=card_templates(),
         lib=modules("release_card"),
     output:
@@ -132,6 +158,7 @@ rule card:
         loss="results/card/loss.png",
         hidden_states="results/card/hidden_states.png",
         experts=expert_pictures,
+        saliency=saliency_pictures,
         templates=card_templates(),
         lib=modules("card"),
     output:

@@ -1,8 +1,9 @@
 """
-REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}/tokens.safetensors
+REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration}/tokens.safetensors
                   reference outputs    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   tuning inputs        results/{release}/chain/{block - 1}.safetensors (or the reference chain's)
-                  shards of the block  {path of the model}/*.safetensors
+                  shards of the block  {path of the source}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
 OUTPUTS           packed tensors       results/{release}/blocks/{block}.safetensors
                   losses, hits, ...    results/{release}/blocks/{block}.json
                   output as shipped    results/{release}/chain/{block}.safetensors
@@ -14,6 +15,7 @@ rule quantize:
         tokens=tokens_of,
         hidden=tuning_inputs,
         targets=reference_after,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("quantize"),
     output:

@@ -1,6 +1,7 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
                   source               {path of the model}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json
 OUTPUTS           every tensor's check results/{release}/verify.json
 """
 
@@ -8,6 +9,7 @@ OUTPUTS           every tensor's check results/{release}/verify.json
 rule verify:
     input:
         packed=packed_files,
+        keep=keep_list,
         source=all_shards,
         lib=modules("verify"),
     output:

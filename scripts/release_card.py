@@ -15,7 +15,10 @@ with job(snakemake.log[0]):
 
     facts = load_release(Path(), **snakemake.params.subject)
     commit = git_commit(Path(snakemake.scriptdir).parent)
-    provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
-    figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name)
+    pruning = (facts.pruning.keep, facts.pruning.calibration) if facts.pruning else ()
+    provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit, *pruning)
+    pictures = [Path(path).name for path in snakemake.input.saliency]
+    saliency = {facts.name: pictures[0]} if pictures else {}
+    figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name, None, saliency)
     write_text(snakemake.output.readme, render_release_card(facts, provenance, figures))
     write_json(snakemake.output.provenance, provenance)

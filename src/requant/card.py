@@ -10,7 +10,7 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from requant import wording
 from requant.errors import RequantError
+from requant.evidence import METHOD_TEXT, OBSERVE_TEXT, Evidence, kept_shares, load_evidence, rival_table
 from requant.provenance import Provenance
 from requant.records import (
     BenchmarkRecord,
@@ -28,6 +29,8 @@ from requant.records import (
     CalibrationRecord,
     DeployRecord,
     EvaluateRecord,
+    KeepList,
+    ModelQuality,
     PackRecord,
     RoutingRecord,
     Score,
@@ -76,23 +79,26 @@ class ReleaseFacts:
     deploy: DeployRecord
     benchmark: BenchmarkRecord
     source_benchmark: BenchmarkRecord
+    pruning: Evidence | None = None
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Pictures, as paths from the card's own directory. `experts` is absent where no model has experts."""
+    """Pictures, as paths from the card's own directory. `experts` is absent where no model has experts; `saliency` has
+    one for each release of a pruned model."""
 
     loss: str
     hidden_states: str
     experts: str | None = None
+    saliency: dict[str, str] = field(default_factory=dict)
 
 
-def record_paths(release: str, model: str, calibration: str, blocks: int, benchmark: str) -> RecordPaths:
-    """The records of a release of `blocks` blocks."""
+def record_paths(release: str, model: str, source: str, calibration: str, blocks: int, benchmark: str) -> RecordPaths:
+    """The records of a release of `blocks` blocks; `source` has the files of `model`."""
     reference, made = f"results/reference/{model}", f"results/{release}"
     return RecordPaths(
-        source=f"results/source/{model}/source.json",
-        calibration=f"results/calibration/{model}/{calibration}/calibration.json",
+        source=f"results/source/{source}/source.json",
+        calibration=f"results/calibration/{source}/{calibration}/calibration.json",
         routing=[f"{reference}/{calibration}/routing_{block}.json" for block in range(blocks)],
         blocks=[f"{made}/blocks/{block}.json" for block in range(blocks)],
         pack=f"{made}/pack.json",
@@ -114,14 +120,18 @@ def load_release(
     base_model: str | None = None,
     license: str | None = None,
     configfiles: Sequence[str] = (),
+    source: str | None = None,
+    compare: Sequence[str] | None = None,
 ) -> ReleaseFacts:
     """Reads the records of one release of `model` from the build in `root`.
 
+    `source` is the model that `model` is pruned from, itself if it is not pruned; `compare` are the models that a
+    pruned one is held against.
     `blocks` counts decoder blocks; `base_model` is the model's hub name, `license` the hub's name of the
     licence of its weights; `configfiles` are those that --configfile gave to the build. Raises RequantError
     naming the file if a record is absent, lacks a field or contradicts another.
     """
-    paths = record_paths(release, model, calibration, blocks, benchmark)
+    paths = record_paths(release, model, source or model, calibration, blocks, benchmark)
     facts = ReleaseFacts(
         name=release,
         base_model=base_model,
@@ -138,8 +148,9 @@ def load_release(
         deploy=read_json(root / paths.deploy, DeployRecord),
         benchmark=read_json(root / paths.benchmark, BenchmarkRecord),
         source_benchmark=read_json(root / paths.source_benchmark, BenchmarkRecord),
+        pruning=None if compare is None else load_evidence(root, model, compare, blocks, benchmark),
     )
-    _check_names(root, facts, model, calibration, benchmark)
+    _check_names(root, facts, model, source or model, calibration, benchmark)
     _check_numbers(root, facts)
     return facts
 
@@ -149,10 +160,10 @@ def _expect(path: Path, key: str, found: Any, expected: Any) -> None:
         raise RequantError(f"{path}: {key}: {found!r}; expected {expected!r}; delete it to rebuild")
 
 
-def _check_names(root: Path, facts: ReleaseFacts, model: str, calibration: str, benchmark: str) -> None:
+def _check_names(root: Path, facts: ReleaseFacts, model: str, source: str, calibration: str, benchmark: str) -> None:
     """Each record speaks of this release, and each block record of its own block."""
     paths = facts.paths
-    _expect(root / paths.source, "model", facts.source.model, model)
+    _expect(root / paths.source, "model", facts.source.model, source)
     _expect(root / paths.calibration, "calibration", facts.calibration.calibration, calibration)
     for number, (path, routing) in enumerate(zip(paths.routing, facts.routing, strict=True)):
         _expect(root / path, "block", routing.block, number)
@@ -381,11 +392,16 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
     """The stages that made `releases`, those that they share counted once."""
     stages: list[Stage] = []
     for facts in releases:
-        model, paths = facts.source.model, facts.paths
+        model, paths = facts.pack.model, facts.paths
         stages += [
-            Stage(f"Check the files of `{model}`", len(facts.source.files), facts.source.seconds, paths.source),
             Stage(
-                f"Tokens of `{model}` and `{facts.calibration.calibration}`",
+                f"Check the files of `{facts.source.model}`",
+                len(facts.source.files),
+                facts.source.seconds,
+                paths.source,
+            ),
+            Stage(
+                f"Tokens of `{facts.source.model}` and `{facts.calibration.calibration}`",
                 1,
                 facts.calibration.seconds,
                 paths.calibration,
@@ -397,6 +413,7 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
                 wording.files(paths.routing),
             ),
             Stage(f"Benchmark `{model}`", 1, facts.source_benchmark.seconds, paths.source_benchmark),
+            *_pruning_stages(facts.pruning),
         ]
     for facts in releases:
         name, paths = facts.name, facts.paths
@@ -412,33 +429,121 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
     return list({stage.path: stage for stage in stages}.values())
 
 
+def _pruning_stages(pruning: Evidence | None) -> list[Stage]:
+    """What a pruned model took: the original's tokens, chain and scores, and what was measured of its rivals."""
+    if pruning is None:
+        return []
+    source, tokens, paths = pruning.keep.source, pruning.keep.calibration, pruning.paths
+    chain = math.fsum(record.seconds for record in pruning.routing)
+    stages = [
+        Stage(f"Tokens of `{source}` and `{tokens}`", 1, pruning.calibration.seconds, paths.calibration),
+        Stage(
+            f"Reference chain of `{source}` over `{tokens}`", len(pruning.routing), chain, wording.files(paths.routing)
+        ),
+    ]
+    for path, record in zip(paths.evaluations, pruning.evaluations, strict=True):
+        stages.append(Stage(f"Hold `{record.model}` against `{source}`", 1, record.seconds, path))
+    for path, rival in zip(paths.benchmarks, pruning.rivals, strict=True):
+        stages.append(Stage(f"Benchmark `{rival.model}`", 1, rival.benchmark.seconds, path))
+    return stages
+
+
 def peak_memory(releases: Sequence[ReleaseFacts]) -> int:
     """Bytes: the largest resident memory of any job that recorded its own."""
     return max(
         record.peak_memory_bytes
         for facts in releases
-        for record in (*facts.routing, *facts.blocks, facts.evaluate, facts.benchmark, facts.source_benchmark)
+        for record in (
+            *facts.routing,
+            *facts.blocks,
+            facts.evaluate,
+            facts.benchmark,
+            facts.source_benchmark,
+            *(facts.pruning.evaluations if facts.pruning else ()),
+            *(facts.pruning.routing if facts.pruning else ()),
+        )
     )
 
 
 def calibrations(releases: Sequence[ReleaseFacts]) -> list[tuple[CalibrationRecord, str]]:
     """The token sets of `releases` and their files, each once."""
     found = {facts.paths.calibration: facts.calibration for facts in releases}
+    found |= {facts.pruning.paths.calibration: facts.pruning.calibration for facts in releases if facts.pruning}
     return [(record, path) for path, record in found.items()]
 
 
 def routing_sets(releases: Sequence[ReleaseFacts]) -> dict[str, list[RoutingRecord]]:
-    """The routing of each source model with experts over each token set, by a name for a picture."""
-    found = {facts.paths.calibration: facts for facts in releases if facts.source.moe_blocks}
+    """The routing of each quantized model with experts over each token set, by a name for a picture."""
+    found = {facts.paths.routing[0]: facts for facts in releases if facts.source.moe_blocks}
     return {
-        f"{facts.source.model} over the tokens {facts.calibration.calibration}": facts.routing
-        for facts in found.values()
+        f"{facts.pack.model} over the tokens {facts.calibration.calibration}": facts.routing for facts in found.values()
     }
 
 
 def sources(releases: Sequence[ReleaseFacts]) -> list[ReleaseFacts]:
     """One release of each source model."""
     return list({facts.paths.source: facts for facts in reversed(releases)}.values())[::-1]
+
+
+def pruned_models(releases: Sequence[ReleaseFacts]) -> list[ReleaseFacts]:
+    """One release of each pruned model."""
+    return list({facts.pack.model: facts for facts in reversed(releases) if facts.pruning}.values())[::-1]
+
+
+def variant_table(releases: Sequence[ReleaseFacts]) -> list[list[str]]:
+    """Originals and releases, a row each after the head: what they are, and their quality against the original.
+
+    Of each task the first score is given, if all releases were measured on one benchmark.
+    """
+    shared = len({facts.benchmark.benchmark for facts in releases}) == 1
+    first_of_task = {score.task: score for score in reversed(releases[0].source_benchmark.scores)}
+    keys = [score_key(first_of_task[task]) for task in reversed(first_of_task)] if shared else []
+    head = ["Model", "Format", "Experts a block", "Parameters", "Size", "KL, nats a token", "Top-1", "Perplexity"]
+    rows = [[*head, *map(wording.cell, keys)]]
+    for first in sources(releases):
+        siblings = [facts for facts in releases if facts.paths.source == first.paths.source]
+        rows += [_original_row(first, keys), *(_release_row(facts, keys) for facts in siblings)]
+    return rows
+
+
+def _original_row(facts: ReleaseFacts, keys: list[str]) -> list[str]:
+    source, scores = facts.source, facts.pruning.rivals[0].benchmark if facts.pruning else facts.source_benchmark
+    counts = _counts(source.routed_experts, source.parameters, facts.pack.source_bytes)
+    quality = facts.evaluate.original or facts.evaluate.source
+    name, stored = f"`{source.model}`, the original", " and ".join(source.dtypes)
+    return [name, stored, *counts, "0 (the reference)", *_agreement(quality), *_scores(scores, keys)]
+
+
+def _release_row(facts: ReleaseFacts, keys: list[str]) -> list[str]:
+    pack, quality = facts.pack, facts.evaluate.against_original or facts.evaluate.quantized
+    counts = _counts(pack.routed_experts, pack.parameters, pack.bytes)
+    divergence = wording.with_error(quality.kl_divergence, quality.kl_divergence_stderr)
+    return [
+        f"`{facts.name}`", pack.scheme, *counts, divergence, *_agreement(quality), *_scores(facts.benchmark, keys)
+    ]  # fmt: skip
+
+
+def _counts(experts: int, parameters: int, size: int) -> list[str]:
+    return [wording.number(experts), wording.short(parameters), wording.size(size)]
+
+
+def _agreement(quality: ModelQuality) -> list[str]:
+    return [wording.percent(quality.top1_agreement), wording.figure(quality.perplexity)]
+
+
+def _scores(record: BenchmarkRecord, keys: list[str]) -> list[str]:
+    found = {score_key(score): score for score in record.scores}
+    return [wording.with_error(found[key].value, found[key].stderr) for key in keys]
+
+
+def method_text(keep: KeepList) -> str:
+    """How the experts that go were chosen, in words."""
+    return METHOD_TEXT[keep.method] + (f" (seed {keep.seed})" if keep.method == "random" else "")
+
+
+def observe_text(keep: KeepList) -> str:
+    """What the experts were observed on, in words."""
+    return OBSERVE_TEXT[keep.observe]
 
 
 def shell_command(deploy: DeployRecord) -> str:
@@ -480,6 +585,7 @@ _FILTERS = (
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
     scheme_text, stored_as, shell_command, rebuild_command, linear_table, tuning_table, lowered, tuned, tuning_effect,
+    pruned_models, kept_shares, rival_table, variant_table, method_text, observe_text,
     expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
     calibrations, sources,
 )  # fmt: skip
@@ -509,6 +615,8 @@ def metadata(releases: Sequence[ReleaseFacts]) -> ModelCardData:
     tags += ["compressed-tensors", *dict.fromkeys(facts.pack.scheme.lower() for facts in releases)]
     engines = dict.fromkeys(block.engine for facts in releases for block in facts.blocks)
     tags += [re.sub(r"[ _]", "-", engine) for engine in engines]
+    methods = [facts.pruning.keep.method for facts in releases if facts.pruning]
+    tags += dict.fromkeys(["pruned", *methods]) if methods else []
     tags += ["moe"] if any(facts.pack.moe_blocks for facts in releases) else []
     return ModelCardData(
         base_model=(bases[0] if len(bases) == 1 else bases) or None,

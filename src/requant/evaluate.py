@@ -21,7 +21,15 @@ from requant.grouped import ungroup
 from requant.jobs import peak_memory_bytes, progress
 from requant.packed import PackedCheckpoint, round_inputs
 from requant.quantize import mean_squared_error
-from requant.records import CalibrationRecord, EvaluateRecord, ModelQuality, read_json, write_json
+from requant.records import (
+    CalibrationRecord,
+    EvaluateRecord,
+    KeepList,
+    ModelQuality,
+    PruneEvaluateRecord,
+    read_json,
+    write_json,
+)
 from requant.routing import observe
 from requant.streamed import StreamedModel
 
@@ -99,12 +107,18 @@ def evaluate(
     model_name: str,
     threads: int,
     out_record: Path,
+    keep: KeepList | None = None,
+    original_hidden: Path | None = None,
     device: str = "cpu",
 ) -> EvaluateRecord:
-    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ...."""
+    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ....
+
+    keep: the experts that a pruned model has of the source; original_hidden: the end of the chain of the model that it
+    is pruned from.
+    """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    original, packed = StreamedModel(Checkpoint(source), device), PackedCheckpoint(packed_dir)
+    original, packed = StreamedModel(Checkpoint(source, keep), device), PackedCheckpoint(packed_dir)
     shipped = StreamedModel(packed, device)
     tokens_file = load_file(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
@@ -131,6 +145,7 @@ def evaluate(
         if quantizes
         else "BF16",
         **{name: found.quality() for name, found in tallies.items()},
+        **against_original(original, original_hidden, chains["quantized"].hidden, tokens, mask),
         block_mse=[
             {"rounded": rounded, "quantized": quantized}
             for rounded, quantized in zip(chains["rounded"].errors, chains["quantized"].errors, strict=True)
@@ -138,6 +153,57 @@ def evaluate(
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
         device=device,
+    )
+    write_json(out_record, record)
+    return record
+
+
+def against_original(
+    model: StreamedModel, end: Path | None, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None
+) -> dict[str, ModelQuality]:
+    """A release, whose last hidden states are `hidden`, against the model that its source is pruned from: pruning and
+    quantization together. Nothing without the `end` of that model's chain."""
+    if end is None:
+        return {}
+    found = tally(model, load_file(end)["heldout"], {"quantized": hidden}, tokens, mask)
+    return {"original": found["source"].quality(), "against_original": found["quantized"].quality()}
+
+
+def evaluate_pruned(
+    source: Path,
+    keep: KeepList,
+    tokens_path: Path,
+    calibration_record: Path,
+    hidden: list[Path],
+    threads: int,
+    out_record: Path,
+    device: str = "cpu",
+) -> PruneEvaluateRecord:
+    """Evaluates the model that `keep` leaves of the one in `source`. `hidden`: as for `evaluate`, of the original."""
+    start = time.monotonic()
+    torch.set_num_threads(threads)
+    original, pruned = (StreamedModel(Checkpoint(source, kept), device) for kept in (None, keep))
+    tokens_file = load_file(tokens_path)
+    tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
+    reference = load_file(hidden[0])["heldout"]
+    chain = Chain(reference)
+    for index in range(original.blocks):
+        reference = load_file(hidden[index + 1])["heldout"]
+        chain.advance(pruned, pruned.block(index), reference, mask)
+        progress(f"{keep.model}: block {index} (of {original.blocks}), hidden-state MSE {chain.errors[-1]:.3e}")
+    tallies = tally(original, reference, {"pruned": chain.hidden}, tokens, mask)
+    record = PruneEvaluateRecord(
+        model=keep.model,
+        source=keep.source,
+        tokens=tallies["source"].tokens,
+        samples=len(tokens),
+        seqlen=tokens.shape[1],
+        heldout_sha256=read_json(calibration_record, CalibrationRecord).heldout_set.sha256,
+        original=tallies["source"].quality(),
+        pruned=tallies["pruned"].quality(),
+        block_mse=chain.errors,
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
     )
     write_json(out_record, record)
     return record

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from requant.blocks import Expert, Experts
 from requant.routed import Routing
@@ -26,10 +27,7 @@ class Rows:
 
 
 class Grouped:
-    """The weights of `experts` side by side; those of its Linears become views of them.
-
-    observers: called with the `Rows` of every pass.
-    """
+    """The weights of `experts` side by side; those of its Linears become views of them."""
 
     def __init__(self, experts: Experts):
         first = experts[0]
@@ -40,7 +38,13 @@ class Grouped:
             _move(expert.gate_proj, self.gate_up[number, :inner])
             _move(expert.up_proj, self.gate_up[number, inner:])
             _move(expert.down_proj, self.down[number])
-        self.observers: list[Callable[[Rows], None]] = []
+        self._observers: dict[int, Callable[[Rows], None]] = {}
+
+    def watch(self, observer: Callable[[Rows], None]) -> RemovableHandle:
+        """Lets `observer` see the `Rows` of every pass, until the handle is removed."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
 
     def run(self, experts: Experts, hidden: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """The call of `Experts`."""
@@ -52,7 +56,7 @@ class Grouped:
         gate_up = nn.functional.grouped_mm(inputs, self.gate_up.transpose(1, 2), offs=ends)
         inner = kernels.gate(gate_up, routing.token, between)
         outputs = nn.functional.grouped_mm(inner, self.down.transpose(1, 2), offs=ends)
-        for observer in self.observers:
+        for observer in self._observers.values():
             observer(Rows(routing, inputs, inner, outputs))
         return kernels.combine(outputs, routing.rows, gates.float().contiguous())
 

@@ -14,13 +14,14 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from requant.records import BlockRecord, EvaluateRecord, RoutingRecord
+from requant.records import BlockRecord, EvaluateRecord, KeepList, RoutingRecord
 
-ROUNDED, TUNED, UNREACHED = "#D55E00", "#0072B2", "#E69F00"
+ROUNDED, TUNED, UNREACHED, DROPPED = "#D55E00", "#0072B2", "#E69F00", "#CC79A7"
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 10,
@@ -110,6 +111,44 @@ def _draw_heat_map(figure: Figure, axis: Axes, name: str, records: list[RoutingR
     axis.set_ylabel("Block")
     axis.grid(False)
     axis.spines[:].set_visible(False)
+
+
+def plot_saliency(path: str | Path, keep: KeepList, tables: dict[int, pd.DataFrame]) -> None:
+    """Writes a PNG: the saliency of each expert by MoE block, dropped experts marked.
+
+    tables: see `requant.saliency`. A block's values are parts of its largest one, for they grow with depth.
+    """
+    values = np.array([table["saliency"] / (table["saliency"].max() or 1.0) for table in tables.values()])
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 1.9 + 0.32 * min(len(values), 30)))
+        image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.03, aspect=30)
+        bar.set_label("part of the block's\nlargest saliency")
+        bar.outline.set_visible(False)
+        for edge in range(1, keep.groups):
+            axis.axvline(edge * keep.experts_before / keep.groups - 0.5, color="white", linewidth=2)
+        _mark_dropped(axis, keep, list(tables))
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+        axis.set_yticks(*_ticks(len(values), [str(block) for block in tables]))
+        axis.set_xticks(*_ticks(keep.experts_before, [str(expert) for expert in range(keep.experts_before)]))
+        axis.set_title(f"{keep.model}: {keep.experts} of {keep.experts_before} experts kept", loc="left")
+        axis.set_xlabel("Expert of the original" + (", by group of the router" if keep.groups > 1 else ""))
+        axis.set_ylabel("Block")
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        _save(figure, path)
+
+
+def _mark_dropped(axis: Axes, keep: KeepList, blocks: list[int]) -> None:
+    """Crosses out the experts that a heat map's blocks lose; with bars where cells are too narrow for crosses."""
+    everyone = set(range(keep.experts_before))
+    dropped = [(row, expert) for row, block in enumerate(blocks) for expert in everyone - set(keep.blocks[block])]
+    rows, columns = np.array(sorted(dropped)).T
+    if len(blocks) * keep.experts_before > ANNOTATED_CELLS:
+        axis.scatter(columns, rows, marker="|", color=DROPPED, s=20, linewidths=1, label="dropped")
+        return
+    for colour, width, label in (("white", 3.5, None), ("black", 1.5, "dropped")):  # seen on dark and on light
+        axis.scatter(columns, rows, marker="x", color=colour, s=60, linewidths=width, label=label)
 
 
 def _ticks(count: int, labels: list[str]) -> tuple[list[int], list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from requant import __version__
-from requant.records import BlockRecord, CalibrationRecord, FileEntry, PackRecord, Record, SourceRecord
+from requant.records import BlockRecord, CalibrationRecord, FileEntry, KeepList, PackRecord, Record, SourceRecord
 
 
 class SourceProvenance(Record):
@@ -31,6 +31,11 @@ class CalibrationProvenance(Record):
     heldout_sha256: str = Field(description="of the int32 token tensor that quality was measured on")
     calibration_texts: dict[str, str] = Field(description="sha256 of each text file, by the text's name")
     heldout_texts: dict[str, str]
+
+
+class PruningProvenance(Record):
+    keep: KeepList
+    calibration_sha256: str = Field(description="of the int32 token tensor that experts were observed on")
 
 
 class TuningRun(Record):
@@ -54,6 +59,7 @@ class Provenance(Record):
     requant_commit: str | None = Field(description="git commit of requant; null outside a git checkout")
     source: SourceProvenance
     calibration: CalibrationProvenance
+    pruning: PruningProvenance | None = Field(None, description="null for a model that is not pruned")
     tuning: list[TuningRun]
     seeds: list[int] = Field(description="seed of each block")
     files: dict[str, FileEntry] = Field(description="of the packed checkpoint, without README.md and this file")
@@ -98,8 +104,11 @@ def collect(
     pack: PackRecord,
     base_model: str | None,
     commit: str | None,
+    keep: KeepList | None = None,
+    observed: CalibrationRecord | None = None,
 ) -> Provenance:
-    """The provenance of the release that these records describe."""
+    """The provenance of the release that these records describe; of a pruned model with its `keep` list and the tokens
+    that this was made from."""
     return Provenance(
         release=pack.release,
         scheme=pack.scheme,
@@ -119,6 +128,7 @@ def collect(
             calibration_texts={text.name: text.sha256 for text in calibration.calibration_set.sources},
             heldout_texts={text.name: text.sha256 for text in calibration.heldout_set.sources},
         ),
+        pruning=keep and PruningProvenance(keep=keep, calibration_sha256=observed.calibration_set.sha256),
         tuning=tuning_runs(blocks),
         seeds=[block.seed for block in blocks],
         files=pack.files,

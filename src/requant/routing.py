@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from requant.blocks import Experts
+from requant.reap import Watch
 from requant.streamed import StreamedModel
 
 
@@ -24,9 +25,17 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    model: StreamedModel, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, batch_size: int = 8
+    model: StreamedModel,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    batch_size: int = 8,
+    watch: Watch | None = None,
 ) -> Observation:
-    """Runs `block` over hidden states [n, T, width]; `mask` [n, T] is 1 for tokens that count."""
+    """Runs `block` over hidden states [n, T, width]; `mask` [n, T] is 1 for tokens that count.
+
+    `watch` sees what the block's experts do.
+    """
     hits: dict[int, int] = {}
     amax: dict[str, torch.Tensor] = {}
     grouped: dict[str, torch.Tensor] = {}  # of all experts, where they run as one
@@ -49,10 +58,10 @@ def observe(
             peaks.scatter_reduce_(0, rows.routing.expert, values.abs().amax(-1), "amax")
 
     experts = {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
-    at_once = [module.grouped for module in experts.values() if module.grouped is not None]
-    for found in at_once:
-        found.observers.append(see_rows)
     handles = [module.register_forward_pre_hook(see_routing) for module in experts.values()]
+    handles += [module.grouped.watch(see_rows) for module in experts.values() if module.grouped is not None]
+    if watch is not None:
+        handles += [handle for module in experts.values() for handle in watch.hooks(module)]
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(see_input(name)))
@@ -67,8 +76,6 @@ def observe(
         output[rows, :length] = model.run(block, hidden[rows, :length], step)
     for handle in handles:
         handle.remove()
-    for found in at_once:
-        found.observers.remove(see_rows)
     total = sum(len(module) for module in experts.values())
     for leaf, source in (("gate_proj", "gate_proj"), ("up_proj", "gate_proj"), ("down_proj", "down_proj")):
         if source in grouped:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -114,13 +115,13 @@ def files(paths: Sequence[str]) -> str:
 
 def origin(paths: Iterable[str]) -> str:
     """Records by directory, each once: `results/r/{pack,verify}.json`, `results/s/pack.json`"""
-    folders: dict[str, list[str]] = {}
+    folders: dict[tuple[str, str], list[str]] = {}
     for path in dict.fromkeys(paths):
-        folder, name = path.split(" … ")[0].rsplit("/", 1)
-        folders.setdefault(folder, []).append(path.removeprefix(f"{folder}/").removesuffix(".json"))
+        folder, suffix = path.split(" … ")[0].rsplit("/", 1)[0], Path(path).suffix
+        folders.setdefault((folder, suffix), []).append(path.removeprefix(f"{folder}/").removesuffix(suffix))
     texts = []
-    for folder, names in folders.items():
-        texts.append(f"`{folder}/{names[0] if len(names) == 1 else '{' + ','.join(names) + '}'}.json`")
+    for (folder, suffix), names in folders.items():
+        texts.append(f"`{folder}/{names[0] if len(names) == 1 else '{' + ','.join(names) + '}'}{suffix}`")
     return ", ".join(texts)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from requant.card import ReleaseFacts, load_release
 from requant.provenance import Provenance, collect
+from requant.saliency import table_of, write_table
 
 EXPERTS = 16
 RELEASE = {"model": "alpha", "calibration": "default", "blocks": 6, "benchmark": "default"}
@@ -324,7 +325,8 @@ def load(root: Path, release=NVFP4, **changes) -> ReleaseFacts:
 
 
 def provenance_of(facts: ReleaseFacts, commit: str | None = "0123abc") -> Provenance:
-    return collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
+    pruning = (facts.pruning.keep, facts.pruning.calibration) if facts.pruning else ()
+    return collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit, *pruning)
 
 
 def change(root: Path, path: str, edit) -> None:
@@ -344,3 +346,71 @@ def put(*keys_and_value):
         data[last] = value
 
     return edit
+
+
+def make_pruned(root: Path, model: str, method: str, *, kl: float, experts: int = 12) -> None:
+    """Writes what is recorded of pruning `alpha`: a keep list without the first of every group, an evaluation, scores.
+
+    Groups are of 4 experts.
+    """
+    kept = [expert for expert in range(EXPERTS) if expert % 4 >= 4 - experts // 4]
+    keep = {
+        "model": model,
+        "source": "alpha",
+        "method": method,
+        "observe": "oneshot",
+        "calibration": "default",
+        "seed": 77,
+        "experts_before": EXPERTS,
+        "experts": experts,
+        "groups": 4,
+        "blocks": {block: kept for block in range(1, RELEASE["blocks"])},
+        "never_reached": {3: [0, 4]},
+    }
+    write(root, f"results/{model}/prune/keep.json", keep)
+    write(
+        root,
+        f"results/{model}/prune/evaluate.json",
+        {
+            "model": model,
+            "source": "alpha",
+            "tokens": 8_159,
+            "samples": 32,
+            "seqlen": 256,
+            "heldout_sha256": sha("heldout"),
+            "original": quality(0, 0, 0),
+            "pruned": quality(3, kl, 0.0021),
+            "block_mse": [1e-3 * 3**block for block in range(RELEASE["blocks"])],
+            "seconds": 5.91,
+            "peak_memory_bytes": 1_219_000_000,
+        },
+    )
+    scores = json.loads((root / "results/reference/alpha/benchmark/default.json").read_text())
+    scores |= {
+        "subject": model,
+        "scores": [score("exercises", 0.9051 - kl, 0.01447), score("stories", 6.3, None, False)],
+    }
+    write(root, f"results/reference/{model}/benchmark/default.json", scores)
+
+
+def make_pruned_release(root: Path, release: str = "alpha-25-nvfp4", model: str = "alpha-25") -> None:
+    """Writes the records of a release of `alpha-25`, beside those of a release of alpha that are there."""
+    make_records(root, release, model=model)
+    for block in range(RELEASE["blocks"]):
+        path = root / f"results/reference/alpha/default/saliency_{block}.csv"
+        tokens = [100 + expert for expert in range(EXPERTS)] if block else []
+        mass = [(1.0 + expert % 4) * count for expert, count in enumerate(tokens)]
+        write_table(path, table_of(tokens, [float(count) for count in tokens], mass, 4))
+    make_pruned(root, model, "reap", kl=0.0583)
+    make_pruned(root, f"{model}.random", "random", kl=0.1731)
+    change(root, f"results/{release}/pack.json", put("routed_experts", 12))
+    change(root, f"results/{release}/evaluate.json", put("original", quality(0, 0, 0)))
+    change(root, f"results/{release}/evaluate.json", put("against_original", quality(4, 0.0917, 0.0031)))
+    scores = json.loads((root / f"results/reference/{model}/benchmark/default.json").read_text())["scores"]
+    change(root, f"results/{release}/benchmark.json", put("source_scores", scores))
+    for block in range(RELEASE["blocks"]):
+        path = f"results/{release}/blocks/{block}.json"
+        change(root, path, lambda data: data.update(tokens_per_expert=data["tokens_per_expert"][:12]))
+
+
+PRUNED = {"model": "alpha-25", "source": "alpha", "compare": ["alpha-25.random"]}

@@ -14,7 +14,19 @@ from pathlib import Path
 import jinja2
 import pytest
 import yaml
-from card_records import NVFP4, RELEASE, W3A16, change, load, make_records, provenance_of, put, sha
+from card_records import (
+    NVFP4,
+    PRUNED,
+    RELEASE,
+    W3A16,
+    change,
+    load,
+    make_pruned_release,
+    make_records,
+    provenance_of,
+    put,
+    sha,
+)
 from huggingface_hub import ModelCard
 
 from requant import card, plots, wording
@@ -718,3 +730,106 @@ def test_a_loss_of_zero_can_be_drawn_and_told(root):
 )
 def test_numbers_read_as_people_write_them(text, expected):
     assert text == expected
+
+
+# Pruned models
+
+
+@pytest.fixture
+def pruned(root):
+    """A release of alpha, and one of alpha with 12 of 16 experts in each block."""
+    make_pruned_release(root)
+    return root
+
+
+def pruned_build_text(root: Path) -> str:
+    releases = [load(root, NVFP4), load(root, "alpha-25-nvfp4", **PRUNED)]
+    figures = Figures("l.png", "h.png", "e.png", {"alpha-25-nvfp4": "results/alpha-25-nvfp4/model/saliency.png"})
+    return render_card(releases, [provenance_of(facts) for facts in releases], figures)
+
+
+def pruned_release_text(root: Path) -> str:
+    facts = load(root, "alpha-25-nvfp4", **PRUNED)
+    figures = Figures("loss.png", "hidden_states.png", None, {facts.name: "saliency.png"})
+    return render_release_card(facts, provenance_of(facts), figures)
+
+
+def test_a_card_without_pruned_models_says_nothing_of_pruning(root):
+    text = build_text(root).lower()
+    assert "prun" not in text and "original" not in text
+
+
+def test_variants_stand_beside_the_original(pruned):
+    text = section(pruned_build_text(pruned), "Variants at a glance")
+    head = "Format | Experts a block | Parameters | Size | KL, nats a token | Top-1 | Perplexity"
+    assert row(text, "Model") == [*head.split(" | "), "exercises/exact_match", "stories/word_perplexity"]
+    original = ["BF16", "16", "4.71\u00a0M", "9.42\u00a0MB", "0 (the reference)", "100.0%", "4.117"]
+    assert row(text, "`alpha`, the original") == [*original, "0.905 ± 0.014", "6.037"]
+    assert row(text, "`alpha-25-nvfp4`") == [
+        *("NVFP4", "12", "4.71\u00a0M", "2.87\u00a0MB", "0.0917 ± 0.0031", "94.9%", "4.490"),
+        *("0.883 ± 0.016", "6.211"),
+    ]
+    whole = row(text, f"`{NVFP4}`")
+    assert whole[1] == "16" and whole[4] == "0.01913 ± 0.00053"
+
+
+def test_pruning_tells_what_went_how_it_was_chosen_and_what_it_cost(pruned):
+    text = section(pruned_release_text(pruned), "Pruning")
+    assert "**12 of 16 routed experts** of `alpha` are kept in each of its 5 MoE blocks, 3 of 4 in each" in text
+    assert "the router's 4 groups. They were chosen by REAP saliency" in text
+    assert "Observed: all blocks of the original model in one pass, over the calibration tokens `default`." in text
+    assert "no calibration token reached: block 3: 0, 4." in text
+    assert "![Saliency of each expert by block, dropped experts marked](saliency.png)" in text
+    tokens = sum(100 + expert for expert in range(16))
+    lost_tokens, lost_mass = 100 + 104 + 108 + 112, 100 + 104 + 108 + 112
+    mass = sum((1 + expert % 4) * (100 + expert) for expert in range(16))
+    assert row(text, "2") == [
+        "0, 4, 8, 12", wording.percent(1 - lost_tokens / tokens), wording.percent(1 - lost_mass / mass)
+    ]  # fmt: skip
+    assert row(text, "Experts chosen by") == ["the original", "reap", "random"]
+    assert row(text, "KL divergence from the original, nats a token") == ["0", "0.0583 ± 0.0021", "0.1731 ± 0.0021"]
+    assert row(text, "Perplexity") == ["4.117", "4.397", "4.397"]
+    assert row(text, "exercises, exact_match") == ["0.905 ± 0.014", "0.847 ± 0.014", "0.732 ± 0.014"]
+    assert row(text, "stories, word_perplexity (lower is better)") == ["6.037", "6.300", "6.300"]
+
+
+def test_quality_of_a_pruned_release_is_against_the_pruned_model_and_the_original(pruned):
+    text = section(pruned_release_text(pruned), "Quality")
+    assert "| the pruned model | 0 (the reference) |" in text
+    assert (
+        "`alpha-25-nvfp4` against `alpha`: KL divergence 0.0917 ± 0.0031 nats a token, top-1 agreement 94.9%, "
+        "perplexity 4.490 (the original's 4.117)." in text
+    )
+
+
+def test_the_hub_is_told_that_experts_were_pruned(pruned):
+    assert {"pruned", "reap", "moe"} <= set(ModelCard(pruned_release_text(pruned)).data.tags)
+
+
+def test_wall_time_counts_the_original_s_chain_and_the_comparisons_once(pruned):
+    text = section(pruned_build_text(pruned), "Wall time")
+    assert row(text, "Reference chain of `alpha` over `default`")[0] == "6"
+    assert row(text, "Reference chain of `alpha-25` over `default`")[0] == "6"
+    assert row(text, "Hold `alpha-25.random` against `alpha`") == ["1", "5.9\u00a0s"]
+    assert row(text, "Benchmark `alpha`")[0] == "1"
+
+
+def test_an_evaluation_of_another_model_is_refused(pruned):
+    change(pruned, "results/alpha-25/prune/evaluate.json", put("source", "beta"))
+    with pytest.raises(RequantError, match=r"alpha-25 of beta; expected alpha-25 of alpha; delete it to rebuild"):
+        pruned_release_text(pruned)
+
+
+def test_each_model_has_its_own_heat_map_of_tokens(pruned):
+    releases = [load(pruned, NVFP4), load(pruned, "alpha-25-nvfp4", **PRUNED)]
+    assert list(card.routing_sets(releases)) == ["alpha over the tokens default", "alpha-25 over the tokens default"]
+
+
+def test_the_heat_map_of_saliencies_is_the_same_bytes_and_depends_on_what_is_dropped(pruned, tmp_path):
+    facts = load(pruned, "alpha-25-nvfp4", **PRUNED)
+    pictures = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    more = facts.pruning.keep.model_copy(update={"blocks": dict.fromkeys(range(1, 6), list(range(12)))})
+    for path, keep in zip(pictures, (facts.pruning.keep, facts.pruning.keep, more), strict=True):
+        plots.plot_saliency(path, keep, facts.pruning.tables)
+    first, second, third = (path.read_bytes() for path in pictures)
+    assert first == second != third

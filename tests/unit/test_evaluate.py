@@ -10,24 +10,14 @@ from test_verify import make_release
 from transformers import AutoModelForCausalLM
 
 from requant.checkpoint import Checkpoint
-from requant.evaluate import Tally, evaluate
+from requant.evaluate import Tally, evaluate, evaluate_pruned
 from requant.packed import write_decoded
-from requant.records import CalibrationRecord, TokenSetRecord, write_json
+from requant.records import CalibrationRecord, KeepList, TokenSetRecord, write_json
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 
 
-@pytest.fixture(scope="module", params=["NVFP4", "W3A16"])
-def case(request, tmp_path_factory):
-    """A plainly rounded release of a tiny MoE, its held-out tokens and its reference chain."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    source = tiny.write_checkpoint(folder / "moe", "deepseek_v3", num_hidden_layers=2)
-    make_release(folder, source, request.param)
-    tokens = load_file(folder / "t.safetensors")
-    hidden = []
-    for number, state in enumerate(StreamedModel(Checkpoint(source)).stream(tokens["heldout"])):
-        hidden.append(folder / f"chain_{number}.safetensors")
-        save(hidden[-1], {"heldout": state})
+def write_calibration(path) -> None:
     empty = TokenSetRecord(samples=4, tokens=64, sha256="the hash", sources=[])
     record = CalibrationRecord(
         model="m",
@@ -40,7 +30,27 @@ def case(request, tmp_path_factory):
         heldout_set=empty,
         seconds=0.0,
     )
-    write_json(folder / "calibration.json", record)
+    write_json(path, record)
+
+
+def chain_of(source, tokens: torch.Tensor, folder) -> list:
+    """Files of the reference chain over held-out `tokens`."""
+    files = []
+    for number, state in enumerate(StreamedModel(Checkpoint(source)).stream(tokens)):
+        files.append(folder / f"chain_{number}.safetensors")
+        save(files[-1], {"heldout": state})
+    return files
+
+
+@pytest.fixture(scope="module", params=["NVFP4", "W3A16"])
+def case(request, tmp_path_factory):
+    """A plainly rounded release of a tiny MoE, its held-out tokens and its reference chain."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    source = tiny.write_checkpoint(folder / "moe", "deepseek_v3", num_hidden_layers=2)
+    make_release(folder, source, request.param)
+    tokens = load_file(folder / "t.safetensors")
+    hidden = chain_of(source, tokens["heldout"], folder)
+    write_calibration(folder / "calibration.json")
     return request.param, folder, source, hidden
 
 
@@ -111,3 +121,57 @@ def test_sums_by_hand():
     assert quality.top1_agreement == 0.5
     spread = ((first - (first + second) / 2) ** 2 + (second - (first + second) / 2) ** 2) / 2
     assert quality.kl_divergence_stderr == pytest.approx(math.sqrt(spread / 2), rel=1e-5)
+
+
+def keep_of(experts: list[int]) -> KeepList:
+    """Of a tiny MoE whose block 1 has 8 experts in 2 groups."""
+    return KeepList(
+        model="small",
+        source="m",
+        method="reap",
+        observe="oneshot",
+        calibration="c",
+        seed=42,
+        experts_before=8,
+        experts=len(experts),
+        groups=2,
+        blocks={1: experts},
+        never_reached={},
+    )
+
+
+def test_a_release_is_held_against_the_model_that_its_source_is_pruned_from(case):
+    _, folder, source, hidden = case
+    paths = [folder / name for name in ("model", "t.safetensors", "calibration.json")]
+    end = folder / "other.safetensors"
+    save(end, {"heldout": load_file(hidden[0])["heldout"]})
+    found = [
+        evaluate(source, *paths, hidden, "r", "m", 1, folder / "e.json", None, other)
+        for other in (None, hidden[-1], end)
+    ]
+    assert (found[0].original, found[0].against_original) == (None, None)
+    assert found[1].against_original == found[1].quantized and found[1].original == found[1].source
+    assert found[2].quantized == found[1].quantized
+    assert found[2].against_original.kl_divergence > 2 * found[1].against_original.kl_divergence
+
+
+def test_a_pruned_model_is_held_against_the_original(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "moe", "deepseek_v3", num_hidden_layers=2, n_group=2, topk_group=1)
+    tokens = torch.randint(3, 320, (4, 24), generator=torch.Generator().manual_seed(5))
+    masks = {f"{part}_mask": torch.ones(4, 24, dtype=torch.uint8) for part in ("calibration", "heldout")}
+    save(tmp_path / "t.safetensors", {"heldout": tokens.int()} | masks)
+    write_calibration(tmp_path / "c.json")
+    chain = chain_of(source, tokens, tmp_path)
+    paths = [tmp_path / "t.safetensors", tmp_path / "c.json", chain, 1, tmp_path / "e.json"]
+    whole = evaluate_pruned(source, keep_of(list(range(8))), *paths)
+    assert whole.pruned == whole.original and whole.block_mse == [0.0, 0.0]
+    keep = keep_of([0, 2, 5, 7])
+    record = evaluate_pruned(source, keep, *paths)
+    models = [StreamedModel(Checkpoint(source, chosen)) for chosen in (None, keep)]
+    first, kept = (model.logits_of(tokens)[:, :-1].double().log_softmax(-1) for model in models)
+    divergence = float((first.exp() * (first - kept)).sum(-1).mean())
+    assert record.pruned.kl_divergence == pytest.approx(divergence, rel=1e-6) and divergence > 0.01
+    loss = -float(kept.gather(-1, tokens[:, 1:, None]).mean())
+    assert record.pruned.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
+    assert record.block_mse[0] == 0 < record.block_mse[1]
+    assert (record.model, record.source, record.original.kl_divergence) == ("small", "m", 0)

@@ -4,10 +4,10 @@ import json
 import subprocess
 
 import pytest
-from card_records import NVFP4, change, load, make_records, provenance_of, put, sha
+from card_records import NVFP4, PRUNED, change, load, make_pruned_release, make_records, provenance_of, put, sha
 
 from requant.provenance import Provenance, git_commit
-from requant.records import read_json, write_json
+from requant.records import KeepList, read_json, write_json
 
 
 @pytest.fixture
@@ -36,6 +36,15 @@ def test_provenance_says_what_the_records_say(root):
     (run,) = found.tuning
     assert run.blocks == [0, 1, 2, 3, 4, 5] and run.settings["iters"] == 200
     assert run.libraries == {"torch": "2.13.0", "transformers": "5.23.0"}
+
+
+def test_a_pruned_models_provenance_has_its_experts_and_what_they_were_chosen_on(root):
+    assert provenance_of(load(root)).pruning is None
+    make_pruned_release(root)
+    found = provenance_of(load(root, "alpha-25-nvfp4", **PRUNED))
+    assert found.source.model == "alpha" and found.pruning.calibration_sha256 == sha("calibration")
+    assert found.pruning.keep == read_json(root / "results/alpha-25/prune/keep.json", KeepList)
+    assert found.pruning.keep.experts == 12
 
 
 def test_slower_jobs_leave_the_provenance_as_it_is(root):
