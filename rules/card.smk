@@ -6,10 +6,11 @@ REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluat
                                           results/reference/{model}/{calibration}/routing_{block}.json,
                                           results/reference/{model}/benchmark/{benchmark}.json
 OUTPUTS           card of a release       results/{release}/model/README.md
-                  its pictures            results/{release}/model/{loss,hidden_states}.png
+                  its pictures            results/{release}/model/{loss,hidden_states}.png (if it is quantized)
                   its provenance          results/{release}/model/provenance.json
                   card of the build       model_card.md
-                  its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any)
+                  its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any;
+                                          the others: if a release is quantized)
 
 The cards read records only: no tensor is opened here.
 """
@@ -48,8 +49,7 @@ rule plot_release:
 rule release_card:
     input:
         records=release_records,
-        loss="results/{release}/model/loss.png",
-        hidden_states="results/{release}/model/hidden_states.png",
+        pictures=release_pictures,
         templates=card_templates(),
         lib=modules("release_card"),
     output:
@@ -129,8 +129,7 @@ rule card:
     input:
         records=build_records,
         provenance=release_provenance(),
-        loss="results/card/loss.png",
-        hidden_states="results/card/hidden_states.png",
+        pictures=build_pictures,
         experts=expert_pictures,
         templates=card_templates(),
         lib=modules("card"),

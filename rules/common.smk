@@ -309,7 +309,8 @@ def preflight(release):
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
-    chain = chain_files(release, model, calibration, CONFIG.calibrations[calibration], model_config)
+    tokens = CONFIG.calibrations[calibration]
+    chain = chain_files(release, model, calibration, tokens, model_config, scheme.quantizes)
     stored = shard_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
@@ -386,6 +387,20 @@ def tuning_inputs(wildcards):
     return f"results/{wildcards.release}/chain/{before}.safetensors"
 
 
+def releases_that(quantize):
+    """A pattern of the releases whose scheme quantizes, or of those in BF16; of nothing if there are none."""
+    found = [
+        name for name, release in CONFIG.releases.items() if SCHEMES[release.scheme].quantizes == quantize
+    ]
+    return "|".join(map(re.escape, found)) or "(?!)"
+
+
+def shards_to_copy(wildcards):
+    """`block_shards` of a release that can be made."""
+    preflight(wildcards.release)
+    return block_shards(wildcards)
+
+
 def tuning_config(wildcards):
     return release_of(wildcards).tuning.model_dump(mode="json")
 
@@ -427,7 +442,7 @@ def packed_files(wildcards):
 
 
 def limits_of(wildcards):
-    return list(verify_limits(release_of(wildcards)))
+    return list(verify_limits(release_of(wildcards)) or ())
 
 
 def verify_samples(wildcards):
@@ -524,6 +539,18 @@ def build_records(_):
 
 def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
+
+
+def release_pictures(wildcards):
+    """The pictures of a release's losses and errors; a release in BF16 has none."""
+    names = ("loss", "hidden_states") if SCHEMES[release_of(wildcards).scheme].quantizes else ()
+    return [f"results/{wildcards.release}/model/{name}.png" for name in names]
+
+
+def build_pictures(_):
+    """The pictures of losses and errors, if a release of the build is quantized."""
+    found = [release_pictures(wildcards) for wildcards in built()]
+    return ["results/card/loss.png", "results/card/hidden_states.png"] if any(found) else []
 
 
 def expert_pictures(_):

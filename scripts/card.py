@@ -15,6 +15,6 @@ with job(snakemake.log[0]):
 
     releases = [load_release(Path(), **subject) for subject in snakemake.params.subjects]
     provenance = [read_json(path, Provenance) for path in snakemake.input.provenance]
-    experts = snakemake.input.experts
-    figures = Figures(snakemake.input.loss, snakemake.input.hidden_states, experts[0] if experts else None)
+    pictures, experts = snakemake.input.pictures or (None, None), snakemake.input.experts
+    figures = Figures(*pictures, experts[0] if experts else None)
     write_text(snakemake.output.card, render_card(releases, provenance, figures))

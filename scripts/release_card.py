@@ -16,6 +16,6 @@ with job(snakemake.log[0]):
     facts = load_release(Path(), **snakemake.params.subject)
     commit = git_commit(Path(snakemake.scriptdir).parent)
     provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit)
-    figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name)
+    figures = Figures(*(Path(picture).name for picture in snakemake.input.pictures))
     write_text(snakemake.output.readme, render_release_card(facts, provenance, figures))
     write_json(snakemake.output.provenance, provenance)

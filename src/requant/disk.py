@@ -30,15 +30,18 @@ def hidden_bytes(calibration: Calibration, width: int, heldout: bool) -> int:
 
 
 def chain_files(
-    release: str, model: str, name: str, calibration: Calibration, config: dict[str, Any]
+    release: str, model: str, name: str, calibration: Calibration, config: dict[str, Any], quantizes: bool = True
 ) -> dict[str, int]:
-    """Size of each file of tokens and hidden states that `release` needs; `name` is the calibration's."""
+    """Size of each file of tokens and hidden states that `release` needs; `name` is the calibration's.
+
+    quantizes: whether the release has a chain of its own; one in BF16 has none.
+    """
     width, blocks = config["hidden_size"], range(config["num_hidden_layers"])
     reference = f"results/reference/{model}/{name}"
     files = {f"results/calibration/{model}/{name}/tokens.safetensors": tokens_bytes(calibration)}
     states = [f"{reference}/embedded.safetensors", *(f"{reference}/hidden_{block}.safetensors" for block in blocks)]
     files |= dict.fromkeys(states, hidden_bytes(calibration, width, heldout=True))
-    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks]
+    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks if quantizes]
     return files | dict.fromkeys(own, hidden_bytes(calibration, width, heldout=False))
 
 
