@@ -191,7 +191,7 @@ class Release(Section):
 
     model: str = Field(description="what from: a name in `models`")
     scheme: Literal[tuple(SCHEMES)] = Field(
-        description="number format; BF16 quantizes nothing: `tuning`, `keep` and `verify` mean nothing to it"
+        description="number format; BF16 quantizes nothing: `tuning`, `keep` and `verify` are of no effect"
     )
     calibration: str = Field("default", description="tokens to tune on: a name in `calibrations`")
     tuning: Tuning = Tuning()
