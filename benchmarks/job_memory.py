@@ -78,7 +78,8 @@ def reference(folder: Path) -> int:
     from requant.chain import run_reference_block
 
     paths = [folder / name for name in ("model", "tokens", "embedded")]
-    return run_reference_block(*paths, 0, folder / "hidden", folder / "routing.json", "m", "c").peak_memory_bytes
+    written = [folder / name for name in ("hidden", "routing.json", "saliency.csv")]
+    return run_reference_block(*paths, 0, *written, "m", "c").peak_memory_bytes
 
 
 def quantize(folder: Path, scheme: str) -> int:

@@ -10,6 +10,7 @@ OUTPUTS           source scores        results/reference/{model}/benchmark/{benc
 rule benchmark_source:
     input:
         source=all_shards,
+        keep=keep_list,
         tokenizer=tokenizer_files,
         tasks=benchmark_files,
         lib=modules("benchmark_source"),

@@ -23,7 +23,7 @@ from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
-from requant.disk import chain_files, check_room, files_to_come
+from requant.disk import chain_files, check_room, files_to_come, reference_files
 from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
 from requant.imports import modules_of
@@ -31,8 +31,10 @@ from requant.locks import check_stored, load_lock, tensors_of
 from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 from requant.preflight import check_context, check_group, check_numbers, check_source
+from requant.pruning import check_counts, kept_experts
 from requant.schemes import SCHEMES
 from requant.targets import check_deployable, check_scheme
+from requant.view import group_count, pruned_config, routed_experts
 
 
 wildcard_constraints:
@@ -93,20 +95,26 @@ def located(path):
     return str(beside) if not made_here(path) and not Path(path).exists() and beside.exists() else path
 
 
+def source_name(model):
+    """The model whose files a model is read from: itself, or the one that it is pruned from."""
+    return CONFIG.models[model].source_model or model
+
+
 def is_from_hub(model):
-    return CONFIG.models[model].hub is not None
+    return CONFIG.models[source_name(model)].hub is not None
 
 
 def source_dir(model):
     """Where a checkpoint is read; for a model from the hub a folder of links to its files, made by `download`."""
+    source = source_name(model)
     if is_from_hub(model):
-        return f"results/source/{model}/checkpoint"
-    return located(os.path.expanduser(CONFIG.models[model].path).rstrip("/"))
+        return f"results/source/{source}/checkpoint"
+    return located(os.path.expanduser(CONFIG.models[source].path).rstrip("/"))
 
 
 def lock_file(model):
     """The model's lock, or None if it has none. The checkout's locks pin its own local checkpoints only."""
-    here = Path("locks") / f"{model}.json"
+    here = Path("locks") / f"{source_name(model)}.json"
     beside = Path(workflow.basedir) / here
     own = is_from_hub(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
     return next((str(path) for path in (here, beside) if path.exists() and (path == here or own)), None)
@@ -120,14 +128,22 @@ def lock_at(path):
 @cache
 def hub_lock(model):
     """The lock of a model from the hub. Stops the planning if there is none, or if it is of another commit."""
-    lock = lock_at(lock_file(model)) if lock_file(model) else None
-    or_stop(check_hub_model, model, CONFIG.models[model].revision, lock)
+    lock, source = lock_at(lock_file(model)) if lock_file(model) else None, source_name(model)
+    or_stop(check_hub_model, source, CONFIG.models[source].revision, lock)
     return lock
 
 
 @cache
 def checkpoint_plan(model):
-    """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers."""
+    """(config.json, shard of each tensor, files to check) of a model: from its lock, else from its headers.
+
+    A pruned model has the tensors and files of its source, and its own config.json.
+    """
+    if (prune := CONFIG.models[model].prune) is not None:
+        source_config, shard_of, files = checkpoint_plan(source_name(model))
+        kept = or_stop(kept_experts, model, prune, source_config)
+        or_stop(check_counts, model, or_stop(places, shard_of, source_config), source_config)
+        return pruned_config(source_config, kept), shard_of, files
     path = lock_file(model)
     if is_from_hub(model) or path is not None:
         lock = hub_lock(model) if is_from_hub(model) else lock_at(path)
@@ -177,7 +193,7 @@ def model_of(wildcards):
 
 
 def calibration_of(wildcards):
-    return release_of(wildcards).calibration
+    return release_of(wildcards).calibration if hasattr(wildcards, "release") else wildcards.calibration
 
 
 def benchmark_of(wildcards):
@@ -206,7 +222,8 @@ def lock_of(wildcards):
 
 def model_asked_for(wildcards):
     """The model of `--config model=NAME`."""
-    return or_stop(model_to_lock, config.get("model"), CONFIG.models)
+    sources = [name for name, model in CONFIG.models.items() if model.prune is None]
+    return or_stop(model_to_lock, config.get("model"), sources)
 
 
 def source_asked_for(wildcards):
@@ -219,12 +236,12 @@ def source_asked_for(wildcards):
 
 def hub_models():
     """A pattern of the models that come from the hub; of nothing if none does."""
-    return "|".join(re.escape(model) for model in CONFIG.models if is_from_hub(model)) or "(?!)"
+    return "|".join(re.escape(name) for name, model in CONFIG.models.items() if model.hub) or "(?!)"
 
 
 def repository_of(wildcards):
     """The repository, commit and directory of a model from the hub."""
-    settings = CONFIG.models[wildcards.model]
+    settings = CONFIG.models[source_name(wildcards.model)]
     return {"hub": settings.hub, "commit": settings.revision, "directory": settings.directory}
 
 
@@ -248,7 +265,7 @@ def checked_files(wildcards):
 
 
 def checks(wildcards, names):
-    return [f"results/source/{model_of(wildcards)}/files/{name}.json" for name in names]
+    return [f"results/source/{source_name(model_of(wildcards))}/files/{name}.json" for name in names]
 
 
 def source_files(wildcards, names):
@@ -278,7 +295,7 @@ def all_shards(wildcards):
     model = model_of(wildcards)
     return [
         *source_files(wildcards, set(checkpoint_plan(model)[1].values())),
-        f"results/source/{model}/source.json",
+        f"results/source/{source_name(model)}/source.json",
     ]
 
 
@@ -292,6 +309,21 @@ def tokenizer_files(wildcards):
     return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(wildcards, names)
 
 
+# Pruned models
+
+
+def keep_list(wildcards):
+    """The list of the experts that a pruned model has, as a list of one; of none for a model that is not pruned.
+
+    Where the list is made block by block, a job on a block waits for no more than that block's.
+    """
+    model = model_of(wildcards)
+    if (prune := CONFIG.models[model].prune) is None:
+        return []
+    block = f"_{wildcards.block}" if prune.observe == "sequential" and hasattr(wildcards, "block") else ""
+    return [f"results/{model}/prune/keep{block}.json"]
+
+
 # What has to hold before a job starts
 
 
@@ -302,18 +334,28 @@ STILL_TO_WRITE = {}
 def preflight(release):
     """Ends the planning if a release can't be quantized for its target, or has no room beside those before it."""
     settings = CONFIG.releases[release]
-    model, target, calibration = settings.model, settings.deploy.target, settings.calibration
+    model, target = settings.model, settings.deploy.target
     model_config, shard_of, files = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
     or_stop(check_numbers, f"models.{model}", model_config)
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
-    tokens = CONFIG.calibrations[calibration]
-    chain = chain_files(release, model, calibration, tokens, model_config, scheme.quantizes)
-    stored = shard_bytes(model, set(shard_of.values()))
+    chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config, scheme.quantizes)
+    for walked, calibration in reference_chains(release):
+        at = CONFIG.calibrations[calibration]
+        chain |= reference_files(walked, source_name(model), calibration, at, model_config)
+    stored = kept_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
+
+
+def reference_chains(release):
+    """(model, calibration) of the chains that a release rests on: its model's, and what that was observed for pruning."""
+    settings = CONFIG.releases[release]
+    model = CONFIG.models[settings.model]
+    observed = [(model.source_model, model.prune.calibration)] if model.prune else []
+    return [(settings.model, settings.calibration), *observed]
 
 
 def shard_bytes(model, shards):
@@ -322,6 +364,15 @@ def shard_bytes(model, shards):
         files = lock_at(path).files
         return sum(files[name].size for name in shards)
     return sum(os.path.getsize(f"{source_dir(model)}/{name}") for name in shards)
+
+
+def kept_bytes(model, shards):
+    """`shard_bytes`, of a pruned model in proportion to its experts, which is less than it takes of them."""
+    stored, settings = shard_bytes(model, shards), CONFIG.models[model]
+    if settings.prune is None:
+        return stored
+    kept, before = (routed_experts(checkpoint_plan(name)[0]) for name in (model, settings.source_model))
+    return stored * kept // before
 
 
 # Calibration and the reference chain
@@ -342,19 +393,23 @@ def calibration_texts(wildcards):
     return or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
 
 
+def calibration_folder(wildcards):
+    """Where the tokens of a calibration are: a pruned model has its source's."""
+    return f"results/calibration/{source_name(model_of(wildcards))}/{calibration_of(wildcards)}"
+
+
 def tokens_of(wildcards):
-    return f"results/calibration/{model_of(wildcards)}/{calibration_of(wildcards)}/tokens.safetensors"
+    return f"{calibration_folder(wildcards)}/tokens.safetensors"
 
 
 def calibration_record(wildcards):
-    return f"results/calibration/{model_of(wildcards)}/{calibration_of(wildcards)}/calibration.json"
+    return f"{calibration_folder(wildcards)}/calibration.json"
 
 
 def chain_file(wildcards, block):
     """Hidden states of the reference chain after `block`; after the embedding for -1."""
     name = "embedded" if block < 0 else f"hidden_{block}"
-    calibration = wildcards.calibration if hasattr(wildcards, "calibration") else calibration_of(wildcards)
-    return f"results/reference/{model_of(wildcards)}/{calibration}/{name}.safetensors"
+    return f"results/reference/{model_of(wildcards)}/{calibration_of(wildcards)}/{name}.safetensors"
 
 
 def reference_before(wildcards):
@@ -504,6 +559,57 @@ def source_scores(wildcards):
     return f"results/reference/{model_of(wildcards)}/benchmark/{benchmark_of(wildcards)}.json"
 
 
+# Pruning
+
+
+def observed(wildcards):
+    """What a pruned model's experts are observed on, as wildcards: its source, and the calibration."""
+    model = CONFIG.models[wildcards.model]
+    return SimpleNamespace(model=model.source_model, calibration=model.prune.calibration)
+
+
+def observed_tokens(wildcards):
+    return tokens_of(observed(wildcards))
+
+
+def observed_record(wildcards):
+    return calibration_record(observed(wildcards))
+
+
+def original_chain(wildcards):
+    """The whole reference chain of a pruned model's source."""
+    return reference_chain(observed(wildcards))
+
+
+def pruned_before(wildcards):
+    """The pruned model's own chain before a block."""
+    own = SimpleNamespace(model=wildcards.model, calibration=observed(wildcards).calibration)
+    return chain_file(own, int(wildcards.block) - 1)
+
+
+def saliency_tables(wildcards):
+    """The table of every block that a keep list is made from."""
+    seen = observed(wildcards)
+    folder = f"results/reference/{seen.model}/{seen.calibration}"
+    if CONFIG.models[wildcards.model].prune.observe == "sequential":
+        folder = f"results/{wildcards.model}/prune"
+    return [f"{folder}/saliency_{block}.csv" for block in blocks_of(wildcards)]
+
+
+def pruning_of(wildcards):
+    """What requant.keep_list.Pruning holds of a pruned model: neither how its number was given, nor comparisons."""
+    model = CONFIG.models[wildcards.model]
+    source_config = checkpoint_plan(model.source_model)[0]
+    return {
+        "model": wildcards.model,
+        "source": model.source_model,
+        **model.prune.model_dump(include={"method", "observe", "calibration", "seed"}),
+        "experts_before": routed_experts(source_config),
+        "experts": kept_experts(wildcards.model, model.prune, source_config),
+        "groups": group_count(source_config),
+    }
+
+
 # Cards
 
 
@@ -511,7 +617,7 @@ def shared_records(wildcards):
     """The records that a release shares with others of its model: source, tokens, routing, the source's scores."""
     model = model_of(wildcards)
     return [
-        f"results/source/{model}/source.json",
+        f"results/source/{source_name(model)}/source.json",
         calibration_record(wildcards),
         *routing_records(wildcards),
         f"results/reference/{model}/benchmark/{benchmark_of(wildcards)}.json",
@@ -581,6 +687,7 @@ def card_subject(wildcards):
     return {
         "release": wildcards.release,
         "model": model_of(wildcards),
+        "source": source_name(model_of(wildcards)),
         "calibration": calibration_of(wildcards),
         "benchmark": benchmark_of(wildcards),
         "blocks": len(blocks_of(wildcards)),
@@ -612,6 +719,18 @@ def plan_subject(release):
         "repository": (
             repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
         ),
+    } | pruning_subject(settings.model)
+
+
+def pruning_subject(model):
+    """What requant.plan.Subject holds of how a model is pruned; None for one that is not."""
+    settings = CONFIG.models[model]
+    if settings.prune is None:
+        return dict.fromkeys(("pruned_from", "prune", "observed"))
+    return {
+        "pruned_from": settings.source_model,
+        "prune": settings.prune.model_dump(mode="json"),
+        "observed": CONFIG.calibrations[settings.prune.calibration].model_dump(mode="json"),
     }
 
 

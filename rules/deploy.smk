@@ -10,6 +10,7 @@ MEANWHILE         decoded weights      results/{release}/served/: gone when the 
 rule deploy:
     input:
         packed=files_to_serve,
+        keep=keep_list,
         source=all_shards,
         tokens=tokens_of,
         lib=modules("deploy"),

@@ -13,6 +13,7 @@ rule evaluate:
         tokens=tokens_of,
         calibration=calibration_record,
         hidden=reference_chain,
+        keep=keep_list,
         source=all_shards,
         lib=modules("evaluate"),
     output:

@@ -10,6 +10,7 @@ rule pack:
     input:
         blocks=block_files,
         records=block_records,
+        keep=keep_list,
         source=all_shards,
         tokenizer=tokenizer_files,
         lib=modules("pack"),

@@ -22,6 +22,7 @@ rule quantize:
         tokens=tokens_of,
         hidden=tuning_inputs,
         targets=reference_after,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("quantize"),
     output:
@@ -51,6 +52,7 @@ rule quantize:
 
 rule copy_block:
     input:
+        keep=keep_list,
         shards=shards_to_copy,
         lib=modules("copy_block"),
     output:

@@ -4,6 +4,7 @@ REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}
 OUTPUTS           embeddings           results/reference/{model}/{calibration}/embedded.safetensors
                   output of a block    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   expert hits          results/reference/{model}/{calibration}/routing_{block}.json
+                  their saliencies     results/reference/{model}/{calibration}/saliency_{block}.csv
 
 The source model's hidden states, block by block. They depend on model and calibration and on no scheme: every
 release of a model shares them.
@@ -12,7 +13,7 @@ release of a model shares them.
 
 rule embed:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         shards=outer_shards,
         lib=modules("embed"),
     output:
@@ -31,13 +32,15 @@ rule embed:
 
 rule reference:
     input:
-        tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
+        tokens=tokens_of,
         hidden=reference_before,
+        keep=keep_list,
         shards=block_shards,
         lib=modules("reference"),
     output:
         hidden="results/reference/{model}/{calibration}/hidden_{block}.safetensors",
         routing="results/reference/{model}/{calibration}/routing_{block}.json",
+        saliency="results/reference/{model}/{calibration}/saliency_{block}.csv",
     log:
         "logs/reference/{model}/{calibration}/{block}.log",
     benchmark:

@@ -8,6 +8,7 @@ OUTPUTS           every tensor's check results/{release}/verify.json
 rule verify:
     input:
         packed=packed_files,
+        keep=keep_list,
         source=all_shards,
         lib=modules("verify"),
     output:

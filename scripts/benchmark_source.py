@@ -7,6 +7,7 @@ from requant.benchmark import run_benchmark
 from requant.checkpoint import Checkpoint
 from requant.config import Benchmark
 from requant.jobs import job
+from requant.records import read_keep
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 with job(snakemake.log[0]):
     run_benchmark(
         snakemake.wildcards.model,
-        Checkpoint(snakemake.params.source),
+        Checkpoint(snakemake.params.source, read_keep(snakemake.input.keep)),
         snakemake.wildcards.benchmark,
         Benchmark.model_validate(snakemake.params.settings),
         Path(snakemake.params.tasks) if snakemake.params.tasks else None,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 with job(snakemake.log[0]):
     from requant.copying import copy_block
+    from requant.records import read_keep
 
     copy_block(
         Path(snakemake.params.source),
@@ -18,4 +19,5 @@ with job(snakemake.log[0]):
         snakemake.params.scheme,
         Path(snakemake.output.block),
         Path(snakemake.output.record),
+        read_keep(snakemake.input.keep),
     )

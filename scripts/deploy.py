@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from requant.config import Deploy, Target
 from requant.deploy import smoke_test
 from requant.jobs import job, progress
+from requant.records import read_keep
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -24,6 +25,7 @@ with job(snakemake.log.job):
         Path(snakemake.log.engine),
         snakemake.threads,
         record_path,
+        read_keep(snakemake.input.keep),
     )
     progress(
         f"{record.release}: served; {record.agreement:.1%} of {record.tokens} tokens are this model's own "

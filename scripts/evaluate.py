@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from requant.evaluate import evaluate
 from requant.jobs import job, progress
+from requant.records import read_keep
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -20,6 +21,7 @@ with job(snakemake.log[0]):
         snakemake.params.model,
         snakemake.threads,
         Path(snakemake.output.record),
+        read_keep(snakemake.input.keep),
     )
     kl, perplexity = record.quantized.kl_divergence, record.quantized.perplexity
     rounded = f" (plain rounding {record.rounded.kl_divergence:.4g})" if record.rounded else ""

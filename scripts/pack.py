@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from requant.jobs import job, progress
 from requant.packing import pack
+from requant.records import read_keep
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -19,6 +20,7 @@ with job(snakemake.log[0]):
         Path(snakemake.output.config).parent,
         Path(snakemake.output.record),
         snakemake.params.mtp,
+        read_keep(snakemake.input.keep),
     )
     bits = record.bits_per_quantized_weight
     progress(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.config import Calibration, Release, Target
+from requant.config import Calibration, Prune, Release, Target
 from requant.jobs import job, progress
 from requant.plan import Subject, plan_build
 
@@ -20,6 +20,9 @@ with job(snakemake.log[0]):
             found["source"],
             found["lock"],
             found["repository"],
+            found["pruned_from"],
+            found["prune"] and Prune.model_validate(found["prune"]),
+            found["observed"] and Calibration.model_validate(found["observed"]),
         )
         for found in snakemake.params.subjects
     ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 with job(snakemake.log[0]):
     from requant.quantize import BlockJob, quantize_block
+    from requant.records import read_keep
 
     quantize_block(
         BlockJob(
@@ -24,6 +25,7 @@ with job(snakemake.log[0]):
             tokens=Path(snakemake.input.tokens),
             hidden=Path(snakemake.input.hidden),
             targets=Path(snakemake.input.targets),
+            kept_experts=read_keep(snakemake.input.keep),
         ),
         Path(snakemake.output.block),
         Path(snakemake.output.record),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from requant.chain import run_reference_block
 from requant.jobs import job, progress
+from requant.records import read_keep
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
@@ -16,8 +17,10 @@ with job(snakemake.log[0]):
         int(snakemake.wildcards.block),
         snakemake.output.hidden,
         snakemake.output.routing,
+        snakemake.output.saliency,
         snakemake.wildcards.model,
         snakemake.wildcards.calibration,
+        read_keep(snakemake.input.keep),
     )
     unreached = f", experts never reached: {record.never_reached}" if record.never_reached else ""
     progress(f"{record.model} reference block {record.block}: {record.kind}, {record.tokens} tokens{unreached}")

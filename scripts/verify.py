@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.jobs import job, progress
+from requant.records import read_keep
 from requant.verify import verify
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ with job(snakemake.log[0]):
         tuple(snakemake.params.limits) if snakemake.params.limits else None,
         snakemake.params.samples,
         Path(snakemake.output.record),
+        read_keep(snakemake.input.keep),
     )
     if record.tensors:
         progress(

@@ -95,12 +95,12 @@ class Figures:
     experts: str | None = None
 
 
-def record_paths(release: str, model: str, calibration: str, blocks: int, benchmark: str) -> RecordPaths:
-    """The records of a release of `blocks` blocks."""
+def record_paths(release: str, model: str, source: str, calibration: str, blocks: int, benchmark: str) -> RecordPaths:
+    """The records of a release of `blocks` blocks; `source` has the files of `model`."""
     reference, made = f"results/reference/{model}", f"results/{release}"
     return RecordPaths(
-        source=f"results/source/{model}/source.json",
-        calibration=f"results/calibration/{model}/{calibration}/calibration.json",
+        source=f"results/source/{source}/source.json",
+        calibration=f"results/calibration/{source}/{calibration}/calibration.json",
         routing=[f"{reference}/{calibration}/routing_{block}.json" for block in range(blocks)],
         blocks=[f"{made}/blocks/{block}.json" for block in range(blocks)],
         pack=f"{made}/pack.json",
@@ -122,14 +122,16 @@ def load_release(
     base_model: str | None = None,
     license: str | None = None,
     configfiles: Sequence[str] = (),
+    source: str | None = None,
 ) -> ReleaseFacts:
     """Reads the records of one release of `model` from the build in `root`.
 
+    `source` is the model that `model` is pruned from, itself if it is not pruned.
     `blocks` counts decoder blocks; `base_model` is the model's hub name, `license` the hub's name of the
     licence of its weights; `configfiles` are those that --configfile gave to the build. Raises RequantError
     naming the file if a record is absent, lacks a field or contradicts another.
     """
-    paths = record_paths(release, model, calibration, blocks, benchmark)
+    paths = record_paths(release, model, source or model, calibration, blocks, benchmark)
     packed = read_json(root / paths.pack, PackRecord)
     quantized = SCHEMES[packed.scheme].quantizes
     facts = ReleaseFacts(
@@ -150,7 +152,7 @@ def load_release(
         benchmark=read_json(root / paths.benchmark, BenchmarkRecord),
         source_benchmark=read_json(root / paths.source_benchmark, BenchmarkRecord),
     )
-    _check_names(root, facts, model, calibration, benchmark)
+    _check_names(root, facts, model, source or model, calibration, benchmark)
     _check_numbers(root, facts)
     return facts
 
@@ -160,10 +162,10 @@ def _expect(path: Path, key: str, found: Any, expected: Any) -> None:
         raise RequantError(f"{path}: {key}: {found!r}; expected {expected!r}; delete it to rebuild")
 
 
-def _check_names(root: Path, facts: ReleaseFacts, model: str, calibration: str, benchmark: str) -> None:
+def _check_names(root: Path, facts: ReleaseFacts, model: str, source: str, calibration: str, benchmark: str) -> None:
     """Each record speaks of this release, and each block record of its own block."""
     paths = facts.paths
-    _expect(root / paths.source, "model", facts.source.model, model)
+    _expect(root / paths.source, "model", facts.source.model, source)
     _expect(root / paths.calibration, "calibration", facts.calibration.calibration, calibration)
     for number, (path, routing) in enumerate(zip(paths.routing, facts.routing, strict=True)):
         _expect(root / path, "block", routing.block, number)

@@ -6,16 +6,20 @@
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 
 from requant.architecture import expert_counts
 from requant.checkpoint import Checkpoint
 from requant.jobs import peak_memory_bytes
-from requant.records import RoutingRecord, write_json
+from requant.reap import Watch
+from requant.records import KeepList, RoutingRecord, write_json
 from requant.routing import observe
 from requant.safetensors_io import save
+from requant.saliency import write_table
 from requant.streamed import StreamedModel
+from requant.view import group_count
 
 
 def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
@@ -30,6 +34,14 @@ def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) 
     save(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
 
 
+def observe_block(source: str | Path, tokens_path: str | Path, hidden_path: str | Path, block: int) -> pd.DataFrame:
+    """The table of saliencies of block `block`, on the hidden states of the calibration tokens in `hidden_path`."""
+    model, watch = StreamedModel(Checkpoint(source)), Watch()
+    mask = load_masks(load_file(tokens_path))["calibration"]
+    observe(model, model.block(block), load_file(hidden_path)["calibration"], mask, watch=watch)
+    return watch.table(group_count(model.checkpoint.config))
+
+
 def run_reference_block(
     source: str | Path,
     tokens_path: str | Path,
@@ -37,16 +49,24 @@ def run_reference_block(
     block: int,
     out_hidden: str | Path,
     out_routing: str | Path,
+    out_saliency: str | Path,
     model_name: str,
     calibration: str,
+    keep: KeepList | None = None,
 ) -> RoutingRecord:
-    """Runs block `block` of the source over both token sets; writes its output and the routing record."""
+    """Runs block `block` of a model over both token sets; writes its output, the routing record and the saliencies of
+    its experts on the calibration tokens.
+
+    keep: the experts that a pruned model has of the checkpoint in `source`.
+    """
     start = time.monotonic()
-    model = StreamedModel(Checkpoint(source))
+    model = StreamedModel(Checkpoint(source, keep))
     hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
     module = model.block(block)
-    seen = {part: observe(model, module, hidden[part], masks[part]) for part in ("calibration", "heldout")}
+    watches = {"calibration": Watch(), "heldout": None}
+    seen = {part: observe(model, module, hidden[part], masks[part], watch=watch) for part, watch in watches.items()}
     save(out_hidden, {part: found.output for part, found in seen.items()})
+    write_table(out_saliency, watches["calibration"].table(group_count(model.checkpoint.config)))
     counts = seen["calibration"].tokens_per_expert
     mask = masks["calibration"]
     record = RoutingRecord(

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from requant import fp8
 from requant.errors import RequantError
-from requant.naming import Place, places
+from requant.naming import Place, entries, places
+from requant.records import KeepList, TensorEntry
 from requant.safetensors_io import read_header, read_slices
+from requant.view import View
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +31,17 @@ TOKENIZER_FILES = (
 
 
 class Checkpoint:
-    """Reads a checkpoint directory lazily: nothing but config.json is opened before it is asked for."""
+    """Reads a checkpoint directory lazily: nothing but config.json is opened before it is asked for.
 
-    def __init__(self, directory: str | Path):
+    With a `keep` list it is the pruned model that the list describes: `config`, `index`, `places` and `read` are that
+    model's, `stored` and `files` are still those in the directory.
+    """
+
+    def __init__(self, directory: str | Path, keep: KeepList | None = None):
         self.directory = Path(directory)
-        self.config = self._json("config.json")
+        self.stored_config = self._json("config.json")
+        self.view = View(keep, self.stored_config) if keep else None
+        self.config = self.view.config if self.view else self.stored_config
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
@@ -58,7 +66,22 @@ class Checkpoint:
 
         Raises RequantError as `naming.places` does.
         """
-        return places(fp8.without_scales(self.stored), self.config)
+        found = places(fp8.without_scales(self.stored), self.stored_config)
+        return found if self.view is None else {new: found[old] for new, old in self.view.sources(found).items()}
+
+    def entries(self, stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """The tensors that the model has, by their names inside requant, of those in the headers of its files.
+
+        A router of which some rows are left out has its new shape; its offset is that of the whole tensor.
+        """
+        found = entries(fp8.without_scales(stored), self.stored_config)
+        if self.view is None:
+            return found
+        return {new: self._entry(new, found[old]) for new, old in self.view.sources(found).items()}
+
+    def _entry(self, name: str, entry: TensorEntry) -> TensorEntry:
+        rows = self.view.rows(name)
+        return entry if rows is None else entry.model_copy(update={"shape": [len(rows), *entry.shape[1:]]})
 
     @cached_property
     def stored(self) -> dict[str, str]:
@@ -103,13 +126,19 @@ class Checkpoint:
 
     def read(self, names: list[str]) -> dict[str, "torch.Tensor"]:
         """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one."""
+        if self.view is not None:
+            self.view.check_decided(names)
         wanted = {name: self.places.get(name, Place(name)) for name in names}
         whole = {name: place.stored for name, place in wanted.items() if place.expert is None}
         tensors = fp8.read(self.directory, self.stored, list(whole.values()), self.config)
         slices = {name: place for name, place in wanted.items() if place.expert is not None}
-        return {name: tensors[stored] for name, stored in whole.items()} | read_slices(
+        return {name: self._kept_rows(name, tensors[stored]) for name, stored in whole.items()} | read_slices(
             self.directory, self.stored, slices
         )
+
+    def _kept_rows(self, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+        rows = self.view.rows(name) if self.view else None
+        return tensor if rows is None else tensor[rows]
 
     def tokenizer(self):
         """The checkpoint's tokenizer. RequantError if its files are missing."""

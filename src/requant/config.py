@@ -28,8 +28,47 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+METHODS = ("reap", "frequency", "random")
+
+
+class Prune(Section):
+    """Which routed experts of a model are left out: as many in each MoE block, and in each of its router's groups."""
+
+    method: Literal[METHODS] = Field(
+        "reap",
+        description="reap: those of the lowest saliency (arXiv 2510.13999); frequency: those chosen least; random",
+    )
+    ratio: float | None = Field(
+        None, gt=0, lt=1, description="part of the experts that is dropped, rounded to whole experts a group"
+    )
+    experts: PositiveInt | None = Field(None, description="experts of a block that are kept, in place of `ratio`")
+    calibration: str = Field("default", description="tokens that experts are observed on: a name in `calibrations`")
+    observe: Literal["oneshot", "sequential"] = Field(
+        "oneshot",
+        description="oneshot: all blocks of the original model; sequential: each block on the output of the pruned "
+        "blocks before it",
+    )
+    seed: Seed = Field(42, description="of method random")
+    compare: list[Literal[METHODS]] = Field(
+        [],
+        description="other methods to hold it against, at the same number of experts: each makes a model of its own, "
+        "{name}.{method}",
+    )
+
+    @model_validator(mode="after")
+    def _one_number(self):
+        if (self.ratio is None) == (self.experts is None):
+            found = "both" if self.experts else "neither"
+            raise ValueError(f"ratio, experts: {found} found; expected one: `ratio: 0.25`, or `experts: 192`")
+        for method in self.compare:
+            if method == self.method or self.compare.count(method) > 1:
+                raise ValueError(f"compare: {method!r}; expected methods other than `method`, each once")
+        return self
+
+
 class Model(Section):
-    """A source checkpoint: a directory (`path`), or a repository of the hub (`hub`) at one commit, with its lock."""
+    """A model: a directory (`path`), a repository of the hub (`hub`) at one commit, with its lock, or another model
+    with fewer experts (`from` and `prune`)."""
 
     path: str | None = Field(None, min_length=1, description="directory of the checkpoint")
     hub: str | None = Field(None, description="repository on the Hugging Face hub (org/name), in place of `path`")
@@ -39,11 +78,17 @@ class Model(Section):
     directory: str | None = Field(
         None, min_length=1, description="where the files of `hub` go; huggingface_hub's cache if absent"
     )
+    source_model: str | None = Field(
+        None, alias="from", description="model that is pruned: another name in `models`, with `path` or `hub`"
+    )
+    prune: Prune | None = Field(None, description="which experts of `from` are left out")
     base_model: str | None = Field(
-        None, description="hub name of the model, for the card's metadata (org/name); `hub` if absent"
+        None,
+        description="hub name of the model, for the card's metadata (org/name); `hub`, or that of `from`, if absent",
     )
     license: str | None = Field(
-        None, description="licence of the weights, as the hub names it (mit, apache-2.0, other)"
+        None,
+        description="licence of the weights, as the hub names it (mit, apache-2.0, other); that of `from` if absent",
     )
 
     @model_validator(mode="before")
@@ -53,14 +98,19 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_source(self):
-        if (self.path is None) == (self.hub is None):
-            found = "both" if self.path else "neither"
-            raise ValueError(f"path, hub: {found} found; expected one: `path: DIRECTORY`, or `hub: ORG/NAME`")
+        found = [key for key, value in (("path", self.path), ("hub", self.hub), ("from", self.source_model)) if value]
+        if len(found) != 1:
+            raise ValueError(
+                f"path, hub, from: {', '.join(found) or 'none'} found; expected one: `path: DIRECTORY`, "
+                "`hub: ORG/NAME`, or `from: MODEL` with `prune`"
+            )
+        if (self.source_model is None) != (self.prune is None):
+            raise ValueError(f"{'from' if self.prune is None else 'prune'}: found alone; expected `from` and `prune`")
         if self.hub and not REPOSITORY.fullmatch(self.hub):
             raise ValueError(f"hub: {self.hub!r}; expected a repository of the hub, ORG/NAME")
         for key in ("revision", "directory"):
-            if self.path and getattr(self, key):
-                raise ValueError(f"{key}: {getattr(self, key)!r}; expected with `hub` only, not with `path`")
+            if not self.hub and getattr(self, key):
+                raise ValueError(f"{key}: {getattr(self, key)!r}; expected with `hub` only, not with `{found[0]}`")
         return self
 
 
@@ -199,7 +249,8 @@ class Release(Section):
         [], description="regular expressions of Linear names that stay in BF16, names as in transformers"
     )
     mtp: Literal["keep", "drop"] = Field(
-        "keep", description="layers for multi-token prediction: keep them in BF16, or leave them out"
+        "keep",
+        description="layers for multi-token prediction: keep them in BF16, or leave them out; a pruned model has none",
     )
     verify: Verify = Verify()
     deploy: Deploy = Deploy()
@@ -286,6 +337,25 @@ class Config(Section):
         return data
 
     @model_validator(mode="after")
+    def _pruned_models(self):
+        """Gives pruned models what they take over, and adds those that `compare` implies."""
+        for name, model in list(self.models.items()):
+            source = self.models.get(model.source_model or "")
+            if source is None:
+                continue
+            known = {"base_model": source.base_model, "license": source.license}
+            given = {key: getattr(model, key) for key in known if getattr(model, key) is not None}
+            self.models[name] = model.model_copy(update=known | given)
+            for method in model.prune.compare:
+                if f"{name}.{method}" in self.models:
+                    raise ValueError(
+                        f"models.{name}.{method}: found; models.{name}.prune.compare makes a model so named"
+                    )
+                prune = model.prune.model_copy(update={"method": method, "compare": []})
+                self.models[f"{name}.{method}"] = self.models[name].model_copy(update={"prune": prune})
+        return self
+
+    @model_validator(mode="after")
     def _names_resolve(self):
         problems = []
         for section in ("models", "calibrations", "benchmarks", "targets", "releases"):
@@ -295,6 +365,7 @@ class Config(Section):
         for name in self.releases:
             if name in RESERVED:
                 problems.append(f"releases.{name}: results/{name}/ is the graph's own; expected another name")
+        problems += [problem for name, model in self.models.items() if model.prune for problem in self._pruned(name)]
         known = {section: getattr(self, f"{section}s") for section in ("model", "calibration", "benchmark", "target")}
         for name, release in self.releases.items():
             asked = {
@@ -310,6 +381,11 @@ class Config(Section):
                     problems.append(
                         f"releases.{name}.{key}: {value!r} is not in `{section}`; there: {', '.join(sorted(names))}"
                     )
+            if "mtp" in release.model_fields_set and release.mtp == "keep" and self._is_pruned(release.model):
+                problems.append(
+                    f"releases.{name}.mtp: 'keep'; expected 'drop' for the pruned model {release.model!r}: experts of "
+                    "multi-token prediction are not observed"
+                )
         for name in self.build:
             if name not in self.releases:
                 problems.append(f"build: {name!r} is not in `releases`; there: {', '.join(sorted(self.releases))}")
@@ -318,6 +394,28 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _is_pruned(self, model: str) -> bool:
+        return model in self.models and self.models[model].prune is not None
+
+    def _pruned(self, name: str) -> list[str]:
+        """What is wrong with the names that a pruned model gives."""
+        model, sources = self.models[name], [other for other in self.models if not self._is_pruned(other)]
+        problems = []
+        if name in RESERVED:
+            problems.append(f"models.{name}: results/{name}/ is the graph's own; expected another name")
+        if model.source_model not in sources:
+            found = "is itself pruned" if self._is_pruned(model.source_model) else "is not in `models`"
+            problems.append(
+                f"models.{name}.from: {model.source_model!r} {found}; there, with `path` or `hub`: "
+                f"{', '.join(sorted(sources)) or 'none'}"
+            )
+        if model.prune.calibration not in self.calibrations:
+            problems.append(
+                f"models.{name}.prune.calibration: {model.prune.calibration!r} is not in `calibrations`; there: "
+                f"{', '.join(sorted(self.calibrations))}"
+            )
+        return problems
 
 
 def source_name(source: TextSource) -> str:
@@ -372,9 +470,14 @@ def _section_at(location: tuple) -> type[BaseModel]:
     """The section class that holds the key at `location`."""
     section: Any = Config
     for part in location[:-1]:
-        if isinstance(section, type) and part in section.model_fields:
-            section = _inner_section(section.model_fields[part].annotation) or section
+        if (field := _fields(section).get(part)) is not None:
+            section = _inner_section(field.annotation) or section
     return section
+
+
+def _fields(section: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a section by the keys that a config has for them."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _inner_section(annotation: Any) -> type[BaseModel] | None:
@@ -387,9 +490,9 @@ def _inner_section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    return sorted(_section_at(location).model_fields)
+    return sorted(_fields(_section_at(location)))
 
 
 def _describe(location: tuple) -> str:
-    field = _section_at(location).model_fields.get(str(location[-1]))
+    field = _fields(_section_at(location)).get(str(location[-1]))
     return (field.description if field is not None else None) or "a value"

@@ -1,6 +1,7 @@
 """docs/config.md, written from the schema: `python -m requant.config_reference > docs/config.md`."""
 
-from typing import Any, get_args
+from inspect import getdoc
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -28,7 +29,7 @@ def reference() -> str:
     """The whole page, Markdown."""
     parts = [INTRODUCTION]
     for title, section in SECTIONS:
-        parts.append(f"## {title}\n\n{(section.__doc__ or '').strip()}\n")
+        parts.append(f"## {title}\n\n{getdoc(section)}\n")
         parts.append("| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows(section, "")) + "\n")
     parts.append(f"## build\n\n{Config.model_fields['build'].description}\n")
     limits = "\n".join(f"| {scheme} | {cosine} | {mae} |" for scheme, (cosine, mae) in LIMITS.items())
@@ -43,7 +44,8 @@ def reference() -> str:
 def rows(section: type[BaseModel], prefix: str) -> list[str]:
     """A table row for each key of `section`, keys of inner sections with dots."""
     found = []
-    for name, field in section.model_fields.items():
+    for field_name, field in section.model_fields.items():
+        name = field.alias or field_name
         inner = _inner(field.annotation)
         default = field.get_default(call_default_factory=True)
         if inner is not None and isinstance(default, BaseModel):
@@ -51,7 +53,7 @@ def rows(section: type[BaseModel], prefix: str) -> list[str]:
             continue
         found.append(f"| `{prefix}{name}` | {_default(default)} | {_meaning(field)} |")
         if inner is not None:
-            found += rows(inner, f"{prefix}{name}[].")
+            found += rows(inner, f"{prefix}{name}{'[]' if _lists(field.annotation) else ''}.")
     return found
 
 
@@ -59,6 +61,11 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((inner for argument in get_args(annotation) if (inner := _inner(argument))), None)
+
+
+def _lists(annotation: Any) -> bool:
+    """Whether the key holds a list of sections, and not one."""
+    return get_origin(annotation) is list or any(_lists(argument) for argument in get_args(annotation))
 
 
 def _default(value: Any) -> str:

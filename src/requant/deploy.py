@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from requant.config import Deploy, Target
 from requant.errors import RequantError
 from requant.jobs import progress
-from requant.records import Answer, DeployRecord, FileEntry, PackRecord, read_json, write_json
+from requant.records import Answer, DeployRecord, FileEntry, KeepList, PackRecord, read_json, write_json
 from requant.safetensors_io import file_entry
 from requant.serving import Server, serve, unwinding_on_sigterm
 
@@ -79,13 +79,14 @@ def smoke_test(
     server_log: Path,
     threads: int,
     out: Path,
+    keep: KeepList | None = None,
 ) -> DeployRecord:
     """Serves the release in `packed`, checks that it is the packed checkpoint's model, and writes the record.
 
     `manifest` is the release's pack.json, `tokens` its calibration's tokens.safetensors. `folder` holds what
-    is served meanwhile and is gone afterwards. Raises RequantError if a packed file was changed, the
-    engine does not serve, answers under another model's name, or answers with tokens that this model would
-    not choose.
+    is served meanwhile and is gone afterwards. `keep` has the experts that a pruned model has of `source`. Raises
+    RequantError if a packed file was changed, the engine does not serve, answers under another model's name, or
+    answers with tokens that this model would not choose.
     """
     import torch
 
@@ -118,7 +119,7 @@ def smoke_test(
         raise RequantError(wrong_model(release, served, agreement, settings.agreement))
     control, control_agreement = choose_control(release, own, served, settings.agreement)
     progress(f"{release}: comparing with the source's choices")
-    source_differs = disagreements(StreamedModel(Checkpoint(source)), served)
+    source_differs = disagreements(StreamedModel(Checkpoint(source, keep)), served)
     record = DeployRecord(
         release=release,
         target=settings.target,

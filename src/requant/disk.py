@@ -29,28 +29,34 @@ def hidden_bytes(calibration: Calibration, width: int, heldout: bool) -> int:
     return file_bytes(tensors)
 
 
-def chain_files(
-    release: str, model: str, name: str, calibration: Calibration, config: dict[str, Any], quantizes: bool = True
+def reference_files(
+    model: str, source: str, name: str, calibration: Calibration, config: dict[str, Any]
 ) -> dict[str, int]:
-    """Size of each file of tokens and hidden states that `release` needs; `name` is the calibration's.
+    """Size of each file of tokens and hidden states of a model's reference chain; `name` is the calibration's.
 
-    quantizes: whether the release has a chain of its own; one in BF16 has none.
+    source: the model that it is pruned from, and whose tokens it has; itself if it is not pruned.
     """
-    width, blocks = config["hidden_size"], range(config["num_hidden_layers"])
-    reference = f"results/reference/{model}/{name}"
-    files = {f"results/calibration/{model}/{name}/tokens.safetensors": tokens_bytes(calibration)}
+    reference, blocks = f"results/reference/{model}/{name}", range(config["num_hidden_layers"])
     states = [f"{reference}/embedded.safetensors", *(f"{reference}/hidden_{block}.safetensors" for block in blocks)]
-    files |= dict.fromkeys(states, hidden_bytes(calibration, width, heldout=True))
-    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks if quantizes]
-    return files | dict.fromkeys(own, hidden_bytes(calibration, width, heldout=False))
+    files = {f"results/calibration/{source}/{name}/tokens.safetensors": tokens_bytes(calibration)}
+    return files | dict.fromkeys(states, hidden_bytes(calibration, config["hidden_size"], heldout=True))
+
+
+def chain_files(
+    release: str, calibration: Calibration, config: dict[str, Any], quantizes: bool = True
+) -> dict[str, int]:
+    """Size of each file of hidden states of the release itself; one whose scheme does not quantize has none."""
+    blocks = range(config["num_hidden_layers"] if quantizes else 0)
+    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks]
+    return dict.fromkeys(own, hidden_bytes(calibration, config["hidden_size"], heldout=False))
 
 
 def files_to_come(release: str, chain: dict[str, int], blocks: int, stored: int, weight_bits: int) -> dict[str, int]:
     """Files that a build of `release` still has to write, with sizes it can't stay below.
 
-    chain: what `chain_files` gives. A weight takes `weight_bits` in the release at least, and two of the `stored` bytes
-    of the source's shards at most. Nothing is to come of a release that has been packed and evaluated: its chains may
-    have been deleted since.
+    chain: what `reference_files` and `chain_files` give. A weight takes `weight_bits` in the release at least, and two
+    of the `stored` bytes of the source's shards at most. Nothing is to come of a release that has been packed and
+    evaluated: its chains may have been deleted since.
     """
     if all(Path(f"results/{release}/{stage}.json").exists() for stage in ("pack", "evaluate")):
         return {}

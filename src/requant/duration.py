@@ -105,6 +105,14 @@ def stages(
     return found
 
 
+def observation(
+    structure: Structure, calibration: Calibration, model: str, name: str, rates: Rates, results: Path
+) -> StagePlan:
+    """The passes of a whole model for its pruning: its reference chain, on the calibration called `name`."""
+    seconds, basis = reference_seconds(structure, calibration, rates, results / "reference" / model / name)
+    return StagePlan(stage="observe", jobs=structure.blocks, seconds=seconds, basis=basis)
+
+
 def finished(path: Path, kind: type[Record]) -> Record | None:
     """The record in `path`; None if there is none, or one of another version."""
     try:

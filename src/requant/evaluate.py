@@ -21,7 +21,15 @@ from requant.encoding import plain_rounding
 from requant.jobs import peak_memory_bytes, progress
 from requant.packed import PackedCheckpoint, input_rounder
 from requant.quantize import mean_squared_error
-from requant.records import CalibrationRecord, EvaluateRecord, ModelQuality, read_json, write_json
+from requant.records import (
+    CalibrationRecord,
+    EvaluateRecord,
+    KeepList,
+    ModelQuality,
+    PruneEvaluateRecord,
+    read_json,
+    write_json,
+)
 from requant.routing import observe
 from requant.streamed import StreamedModel
 
@@ -101,11 +109,15 @@ def evaluate(
     model_name: str,
     threads: int,
     out_record: Path,
+    keep: KeepList | None = None,
 ) -> EvaluateRecord:
-    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ...."""
+    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ....
+
+    keep: the experts that a pruned model has of the source.
+    """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    original, packed = StreamedModel(Checkpoint(source)), PackedCheckpoint(packed_dir)
+    original, packed = StreamedModel(Checkpoint(source, keep)), PackedCheckpoint(packed_dir)
     shipped = StreamedModel(packed)
     tokens_file = load_file(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
@@ -133,6 +145,45 @@ def evaluate(
         else "BF16",
         **{"rounded": None} | {name: found.quality() for name, found in tallies.items()},
         block_mse=[{name: chain.errors[index] for name, chain in chains.items()} for index in range(original.blocks)],
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    write_json(out_record, record)
+    return record
+
+
+def evaluate_pruned(
+    source: Path,
+    keep: KeepList,
+    tokens_path: Path,
+    calibration_record: Path,
+    hidden: list[Path],
+    threads: int,
+    out_record: Path,
+) -> PruneEvaluateRecord:
+    """Evaluates the model that `keep` leaves of the one in `source`. `hidden`: as for `evaluate`, of the original."""
+    start = time.monotonic()
+    torch.set_num_threads(threads)
+    original, pruned = StreamedModel(Checkpoint(source)), StreamedModel(Checkpoint(source, keep))
+    tokens_file = load_file(tokens_path)
+    tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
+    reference = load_file(hidden[0])["heldout"]
+    chain = Chain(reference)
+    for index in range(original.blocks):
+        reference = load_file(hidden[index + 1])["heldout"]
+        chain.advance(pruned, pruned.block(index), reference, mask)
+        progress(f"{keep.model}: block {index} (of {original.blocks}), hidden-state MSE {chain.errors[-1]:.3e}")
+    tallies = tally(original, reference, {"pruned": chain.hidden}, tokens, mask)
+    record = PruneEvaluateRecord(
+        model=keep.model,
+        source=keep.source,
+        tokens=tallies["source"].tokens,
+        samples=len(tokens),
+        seqlen=tokens.shape[1],
+        heldout_sha256=read_json(calibration_record, CalibrationRecord).heldout_set.sha256,
+        original=tallies["source"].quality(),
+        pruned=tallies["pruned"].quality(),
+        block_mse=chain.errors,
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
     )

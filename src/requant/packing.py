@@ -11,15 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from requant import fp8
 from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, family, is_drafting
 from requant.blocks import NOT_FOR_TRANSFORMERS
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.locks import elements, shared_experts, tensors_of
-from requant.naming import entries, module_name, released_name
-from requant.records import BlockRecord, PackRecord, TensorEntry, read_json, write_json, write_text
+from requant.naming import module_name, released_name
+from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, file_entry, read_header, save
 from requant.schemes import SCHEMES
 from requant.whole import written_whole
@@ -53,13 +52,15 @@ def pack(
     out: Path,
     out_record: Path,
     mtp: str = "keep",
+    keep: KeepList | None = None,
 ) -> PackRecord:
     """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors.
 
-    mtp: `drop` leaves out the tensors of multi-token prediction, and config.json says so.
+    mtp: `drop` leaves out the tensors of multi-token prediction, and config.json says so. keep: the experts that a
+    pruned model has of the source; it has no multi-token prediction.
     """
     start = time.monotonic()
-    checkpoint, scheme = Checkpoint(source), SCHEMES[scheme_name]
+    checkpoint, scheme = Checkpoint(source, keep), SCHEMES[scheme_name]
     blocks = checkpoint.config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
     quantizing = range(blocks if scheme.quantizes else 0)
@@ -94,7 +95,7 @@ def pack(
         with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
             shutil.copyfile(checkpoint.directory / name, partial)
 
-    tensors = entries(fp8.without_scales(tensors_of(str(source))), checkpoint.config)
+    tensors = checkpoint.entries(tensors_of(str(source)))
     tensors = {name: entry for name, entry in tensors.items() if name not in dropped}
     packed = {module_name(name, checkpoint.config): entry for name, entry in stored.items()}
     counted = _count(release, model, scheme.name, checkpoint, tensors, packed, quantized)
@@ -105,12 +106,20 @@ def pack(
         files={name: file_entry(out / name) for name in sorted(names)},
         bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
         source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
-        multi_token_prediction="none" if not drafting else "dropped" if dropped else "kept",
+        multi_token_prediction=_drafting(checkpoint, dropped),
         hard_linked=all(linked),
         seconds=time.monotonic() - start,
     )
     write_json(out_record, record)
     return record
+
+
+def _drafting(checkpoint: Checkpoint, dropped: set[str]) -> str:
+    """What became of the source's layers for multi-token prediction."""
+    blocks = checkpoint.config["num_hidden_layers"]
+    if not any(is_drafting(name, blocks) for name in checkpoint.stored):
+        return "none"
+    return "dropped" if dropped or checkpoint.view else "kept"
 
 
 def release_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,26 +11,31 @@ from pathlib import Path
 
 from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
-from requant.config import Calibration, Release, Target, TextSource
+from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.deploy import why_decoded
-from requant.disk import chain_files, nearest_folder
+from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
-from requant.duration import read_rates, stages
+from requant.duration import observation, read_rates, stages
 from requant.errors import RequantError
 from requant.locks import check_stored, load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
 from requant.preflight import check_numbers
+from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
 from requant.structure import ReleaseSize, Structure
 from requant.targets import cache_bytes_per_token, cached_tokens, unsupported
+from requant.view import routed_experts
 from requant.wording import duration
 
 
 @dataclass(frozen=True)
 class Subject:
     """A release to be planned. source: directory of the model; lock: path of its lock, or None; repository: the fields
-    of its `download.HubModel` if it is from the hub."""
+    of its `download.HubModel` if it is from the hub.
+
+    pruned_from: the model that this directory is of, if the release's is pruned, by `prune`, as observed on `observed`.
+    """
 
     release: str
     settings: Release
@@ -39,6 +44,26 @@ class Subject:
     source: str
     lock: str | None
     repository: dict[str, str | None] | None = None
+    pruned_from: str | None = None
+    prune: Prune | None = None
+    observed: Calibration | None = None
+
+    @property
+    def files_of(self) -> str:
+        """The model whose files are read."""
+        return self.pruned_from or self.settings.model
+
+    def pruned(self, whole: Structure) -> Structure:
+        """The release's model, of which `whole` has the files."""
+        if self.prune is None:
+            return whole
+        return whole.pruned(kept_experts(self.settings.model, self.prune, whole.config))
+
+    def chains(self) -> list[tuple[str, str, Calibration]]:
+        """(model, name of the calibration, calibration) of each reference chain that the release rests on."""
+        settings = self.settings
+        found = [(settings.model, settings.calibration, self.calibration)]
+        return found if self.prune is None else [*found, (self.pruned_from, self.prune.calibration, self.observed)]
 
 
 @dataclass(frozen=True)
@@ -107,9 +132,10 @@ def has_shards(checkpoint: Checkpoint) -> bool:
 def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path) -> PlanRecord:
     """The plan of one release. rates_path: what benchmarks/rates.py wrote; results: where earlier jobs left records.
 
-    Raises RequantError if nothing of the model would be quantized.
+    Raises RequantError if nothing of the model would be quantized, or it can't be pruned so.
     """
-    model, settings, calibration = source.structure, subject.settings, subject.calibration
+    whole, settings, calibration = source.structure, subject.settings, subject.calibration
+    model = subject.pruned(whole)
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     sizes = {name: model.release_size(other, settings.keep, settings.mtp == "drop") for name, other in SCHEMES.items()}
     if scheme.quantizes and not sizes[scheme.name].quantized:
@@ -118,6 +144,11 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
             f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
         )
     moe = [kind for kind in model.kinds if kind.experts]
+    rates = read_rates(rates_path, tuning.device)
+    observed = []
+    if subject.prune is not None:
+        chain = (subject.observed, subject.pruned_from, subject.prune.calibration)
+        observed.append(observation(whole, *chain, rates, results))
     found_stages = stages(
         model,
         subject.release,
@@ -127,7 +158,7 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         scheme,
         tuning,
         settings.keep,
-        read_rates(rates_path, tuning.device),
+        rates,
         results,
     )
     return PlanRecord(
@@ -147,15 +178,28 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         download_bytes=source.missing,
         schemes={name: scheme_plan(size) for name, size in sizes.items()},
         disk=disk_plan(subject, model, sizes[scheme.name]),
-        cpu_bytes=cpu_bytes(model, calibration, scheme, tuning),
+        cpu_bytes=memory_of_jobs(subject, model, whole),
         gpu_bytes=gpu_bytes(model, calibration, scheme, tuning)
         if scheme.quantizes and tuning.device != "cpu"
         else None,
-        jobs=jobs([subject], {settings.model: source}),
+        jobs=jobs([subject], {subject.files_of: source}),
         source_files_known=source.files is not None,
         target=target_plan(subject, model, sizes[scheme.name].files, scheme),
-        stages=found_stages,
+        stages=[*observed, *found_stages],
+        pruned_from=subject.pruned_from,
+        experts_before=None if subject.prune is None else routed_experts(whole.config),
     )
+
+
+def memory_of_jobs(subject: Subject, model: Structure, whole: Structure) -> dict[str, int]:
+    """Peak of the jobs that hold a block or a model on the CPU: experts are observed in whole blocks."""
+    settings = subject.settings
+    scheme, tuning = SCHEMES[settings.scheme], settings.tuning
+    found = cpu_bytes(model, subject.calibration, scheme, tuning)
+    if subject.prune is not None:
+        observing = cpu_bytes(whole, subject.observed, scheme, tuning)["reference"]
+        found["reference"] = max(found["reference"], observing)
+    return found
 
 
 def scheme_plan(size: ReleaseSize) -> SchemePlan:
@@ -174,17 +218,8 @@ def disk_plan(subject: Subject, model: Structure, size: ReleaseSize) -> DiskPlan
     """Bytes on disk of a build of this release alone."""
     import shutil
 
-    settings = subject.settings
-    files = chain_files(
-        subject.release,
-        settings.model,
-        settings.calibration,
-        subject.calibration,
-        model.config,
-        SCHEMES[settings.scheme].quantizes,
-    )
     parts = {"tokens": 0, "reference": 0, "chain": 0}
-    for path, bytes_of_file in files.items():
+    for path, bytes_of_file in states(subject, model).items():
         part = {"calibration": "tokens", "reference": "reference"}.get(path.split("/")[1], "chain")
         parts[part] += bytes_of_file
     decoded = serves_decoded(subject, model)
@@ -194,6 +229,15 @@ def disk_plan(subject: Subject, model: Structure, size: ReleaseSize) -> DiskPlan
         "served": 2 * model.parameters if decoded else 0,
     }
     return DiskPlan(**parts, peak=sum(parts.values()), free=shutil.disk_usage(nearest_folder("results")).free)
+
+
+def states(subject: Subject, model: Structure) -> dict[str, int]:
+    """Size of each file of tokens and hidden states that the release rests on, or has of its own."""
+    quantizes = SCHEMES[subject.settings.scheme].quantizes
+    files = chain_files(subject.release, subject.calibration, model.config, quantizes)
+    for walked, name, calibration in subject.chains():
+        files |= reference_files(walked, subject.files_of, name, calibration, model.config)
+    return files
 
 
 def serves_decoded(subject: Subject, model: Structure) -> bool:
@@ -240,17 +284,18 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
     once: set[tuple] = set()
     moe, any_quantized = False, False
     for subject in subjects:
-        settings, source = subject.settings, sources[subject.settings.model]
+        settings, files, source = subject.settings, subject.files_of, sources[subject.files_of]
         blocks, model = source.structure.blocks, settings.model
         quantizes = SCHEMES[settings.scheme].quantizes
         any_quantized = any_quantized or quantizes
         found.update({"quantize" if quantizes else "copy_block": blocks})
         found.update([*PER_RELEASE, *(["plot_release"] if quantizes else [])])
-        once |= {(source.check, model, name) for name in source.files or ()}
-        once |= {("source", model), ("benchmark_source", model, settings.benchmark)}
-        once |= {(rule, model, settings.calibration) for rule in ("calibrate", "embed")}
-        once |= {("reference", model, settings.calibration, block) for block in range(blocks)}
-        once |= {("demo_text", text.path) for text in texts(subject.calibration) if made_text(text)}
+        once |= {(source.check, files, name) for name in source.files or ()}
+        once |= {("source", files), ("benchmark_source", model, settings.benchmark)}
+        for walked, name, calibration in subject.chains():
+            once |= {("calibrate", files, name), ("embed", walked, name)}
+            once |= {("reference", walked, name, block) for block in range(blocks)}
+            once |= {("demo_text", text.path) for text in texts(calibration) if made_text(text)}
         moe = moe or any(kind.experts for kind in source.structure.kinds)
     found.update(Counter(key[0] for key in once))
     found.update(["card", "all", *(["plot_build"] if any_quantized else []), *(["plot_experts"] if moe else [])])
@@ -274,24 +319,24 @@ def plan_build(subjects: list[Subject], rates_path: str | Path, results: Path) -
     """(the plans of a build's releases, each written to results/{release}/plan.json; all of them as one table)."""
     sources: dict[str, Source] = {}
     for subject in subjects:
-        if subject.settings.model not in sources:
-            sources[subject.settings.model] = source_of(subject.source, subject.lock, subject.repository)
+        if subject.files_of not in sources:
+            sources[subject.files_of] = source_of(subject.source, subject.lock, subject.repository)
     records = []
     for subject in subjects:
-        records.append(plan(subject, sources[subject.settings.model], rates_path, results))
+        records.append(plan(subject, sources[subject.files_of], rates_path, results))
         write_json(results / subject.release / "plan.json", records[-1])
-    return records, table(records, jobs(subjects, sources))
+    return records, table(records, jobs(subjects, sources), build_peak(subjects, records, sources))
 
 
-def table(records: list[PlanRecord], found: dict[str, int]) -> str:
-    """All plans side by side, a column a release. found: jobs of the whole build, by rule."""
+def table(records: list[PlanRecord], found: dict[str, int], peak: int) -> str:
+    """All plans side by side, a column a release. found: jobs of the whole build, by rule; peak: its bytes on disk."""
     import pandas
 
-    columns = {record.release: {"model": record.model} | rows(record) for record in records}
-    frame = pandas.DataFrame(columns)
+    columns = {record.release: {"model": model_row(record)} | rows(record) for record in records}
+    frame = pandas.DataFrame(columns, index=list(max(columns.values(), key=len))).fillna("none")
     lines = frame.to_string(justify="left", formatters=left_aligned(frame)).splitlines()
     unknown = "" if all(record.source_files_known for record in records) else ", and one for each file of the source"
-    total = f"jobs of the whole build: {sum(found.values())}{unknown}; disk at its peak: {gb(build_peak(records))}"
+    total = f"jobs of the whole build: {sum(found.values())}{unknown}; disk at its peak: {gb(peak)}"
     notes = list(dict.fromkeys(note for record in records for note in remarks(record)))
     return "\n".join([*(line.rstrip() for line in lines), total, *notes])
 
@@ -302,20 +347,25 @@ def left_aligned(frame) -> dict:
     return {column: f"{{:<{width}}}".format for column, width in widths.items()}
 
 
-def build_peak(records: list[PlanRecord]) -> int:
-    """Bytes on disk at the peak of the whole build: sources and reference chains once, BF16 copies one at a time."""
-    shared = {record.model: record.disk.source for record in records}
-    chains = {(record.model, record.disk.reference): record.disk.tokens + record.disk.reference for record in records}
-    own = sum(record.disk.chain + record.disk.shards for record in records)
-    return sum(shared.values()) + sum(chains.values()) + own + sum(record.disk.served for record in records)
+def build_peak(subjects: list[Subject], records: list[PlanRecord], sources: dict[str, Source]) -> int:
+    """Bytes on disk at the peak of the whole build: what releases share counts once."""
+    files: dict[str, int] = {}
+    for subject in subjects:
+        files |= states(subject, sources[subject.files_of].structure)
+    own = sum(record.disk.shards + record.disk.served for record in records)
+    return sum(source.structure.stored for source in sources.values()) + sum(files.values()) + own
+
+
+def model_row(record: PlanRecord) -> str:
+    """What the table says of where a model comes from."""
+    return record.model if record.pruned_from is None else f"{record.model}, from {record.pruned_from}"
 
 
 def rows(record: PlanRecord) -> dict[str, str]:
     """What the table says of a release, by row."""
     disk, largest = record.disk, max(record.cpu_bytes, key=record.cpu_bytes.get)
-    routed = (
-        f"{record.routed_experts}, {record.experts_per_token} a token, {record.moe_blocks} of {record.blocks} blocks"
-    )
+    kept = f"{record.routed_experts} of {record.experts_before}" if record.experts_before else record.routed_experts
+    routed = f"{kept}, {record.experts_per_token} a token, {record.moe_blocks} of {record.blocks} blocks"
     found = {
         "known from": "config.json alone" if record.basis == "config" else record.basis,
         "parameters": billions(record.parameters),

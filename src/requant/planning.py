@@ -63,5 +63,5 @@ def model_to_lock(asked: object, models: Iterable[str]) -> str:
     if asked is None:
         raise RequantError(f"lock: no model is named; expected --config model=NAME, one of {known}")
     if str(asked) not in models:
-        raise RequantError(f"--config model={asked}: not in `models`; expected one of {known}")
+        raise RequantError(f"--config model={asked}: not in `models`, or pruned from one; expected one of {known}")
     return str(asked)

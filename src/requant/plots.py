@@ -14,11 +14,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from requant.records import BlockRecord, EvaluateRecord, RoutingRecord
+from requant.records import BlockRecord, EvaluateRecord, KeepList, RoutingRecord
 
 ROUNDED, TUNED, UNREACHED = "#D55E00", "#0072B2", "#E69F00"
 STYLE = {
@@ -110,6 +111,40 @@ def _draw_heat_map(figure: Figure, axis: Axes, name: str, records: list[RoutingR
     axis.set_ylabel("Block")
     axis.grid(False)
     axis.spines[:].set_visible(False)
+
+
+def plot_saliency(path: str | Path, keep: KeepList, tables: dict[int, pd.DataFrame]) -> None:
+    """Writes a PNG: the saliency of each expert by MoE block, dropped experts crossed out.
+
+    tables: see `requant.saliency`. A block's values are parts of its largest one, for they grow with depth.
+    """
+    values = np.array([table["saliency"] / (table["saliency"].max() or 1.0) for table in tables.values()])
+    dropped = [
+        (row, expert)
+        for row, block in enumerate(tables)
+        for expert in range(keep.experts_before)
+        if expert not in keep.blocks[block]
+    ]
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 1.9 + 0.32 * min(len(values), 30)))
+        image = axis.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+        bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.03, aspect=30)
+        bar.set_label("part of the block's\nlargest saliency")
+        bar.outline.set_visible(False)
+        for edge in range(1, keep.groups):
+            axis.axvline(edge * keep.experts_before / keep.groups - 0.5, color="white", linewidth=2)
+        size = 60 if values.size <= ANNOTATED_CELLS else 12
+        rows, columns = np.array(dropped).T
+        axis.scatter(columns, rows, marker="x", color=UNREACHED, s=size, linewidths=1.5, label="dropped")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+        axis.set_yticks(*_ticks(len(values), [str(block) for block in tables]))
+        axis.set_xticks(*_ticks(keep.experts_before, [str(expert) for expert in range(keep.experts_before)]))
+        axis.set_title(f"{keep.model}: {keep.experts} of {keep.experts_before} experts kept", loc="left")
+        axis.set_xlabel("Expert of the original" + (", by group of the router" if keep.groups > 1 else ""))
+        axis.set_ylabel("Block")
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        _save(figure, path)
 
 
 def _ticks(count: int, labels: list[str]) -> tuple[list[int], list[str]]:

@@ -23,7 +23,7 @@ from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
 from requant.naming import released_name
 from requant.packed import PARTS, decode_parts, input_rounder
-from requant.records import BlockRecord, write_json
+from requant.records import BlockRecord, KeepList, write_json
 from requant.routing import Observation, observe
 from requant.safetensors_io import save
 from requant.schemes import SCHEMES, Scheme
@@ -39,7 +39,10 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class BlockJob:
-    """What one block's result depends on. hidden: the inputs it is tuned on; targets: the reference chain's output."""
+    """What one block's result depends on. hidden: the inputs it is tuned on; targets: the reference chain's output.
+
+    keep: patterns of Linears that stay in BF16; kept_experts: those that a pruned model has of the source.
+    """
 
     source: Path
     release: str
@@ -51,6 +54,7 @@ class BlockJob:
     tokens: Path
     hidden: Path
     targets: Path
+    kept_experts: KeepList | None = None
 
 
 def block_seed(seed: int, release: str, block: int) -> int:
@@ -151,7 +155,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     start = time.monotonic()
     torch.set_num_threads(job.tuning.threads)
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
-    model = StreamedModel(Checkpoint(job.source))
+    model = StreamedModel(Checkpoint(job.source, job.kept_experts))
     hidden = load_file(job.hidden)["calibration"]
     targets = load_file(job.targets)["calibration"]
     mask = load_masks(load_file(job.tokens))["calibration"]

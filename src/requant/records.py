@@ -5,6 +5,7 @@ Units stand in the field names or descriptions; tensors are named as in the chec
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -112,6 +113,24 @@ class RoutingRecord(Record):
     never_reached: list[int]
     seconds: float
     peak_memory_bytes: int
+
+
+class KeepList(Record):
+    """results/{model}/prune/keep.json: the experts of a model that a pruned one has."""
+
+    model: str = Field(description="the pruned model")
+    source: str = Field(description="the model that it is made from")
+    method: str
+    observe: str
+    calibration: str
+    seed: int = Field(description="of method random")
+    experts_before: int = Field(description="routed experts of each MoE block of the source")
+    experts: int = Field(description="of those, kept")
+    groups: int = Field(description="groups of the router; as many experts are kept in each")
+    blocks: dict[int, list[int]] = Field(description="the kept experts of each MoE block, ascending")
+    never_reached: dict[int, list[int]] = Field(
+        description="experts of the source that no calibration token reached, by block"
+    )
 
 
 class BlockRecord(Record):
@@ -246,6 +265,22 @@ class EvaluateRecord(Record):
     peak_memory_bytes: int
 
 
+class PruneEvaluateRecord(Record):
+    """results/{model}/prune/evaluate.json: a pruned model against the original, on the held-out tokens."""
+
+    model: str = Field(description="the pruned model")
+    source: str = Field(description="the original")
+    tokens: int = Field(description="predicted tokens")
+    samples: int
+    seqlen: int
+    heldout_sha256: str
+    original: ModelQuality
+    pruned: ModelQuality
+    block_mse: list[float] = Field(description="by block: mean squared error of the hidden states")
+    seconds: float
+    peak_memory_bytes: int
+
+
 class Answer(Record):
     prompt: str
     answer: str
@@ -324,7 +359,9 @@ class DiskPlan(Record):
 
     source: int = Field(description="of the checkpoint's shards")
     tokens: int
-    reference: int = Field(description="hidden states of the source model, shared with its other releases")
+    reference: int = Field(
+        description="hidden states of the model, shared with its other releases, and of the one it is pruned from"
+    )
     chain: int = Field(description="hidden states of the release")
     shards: int = Field(description="of the release; blocks and model share them by hard links")
     served: int = Field(description="BF16 copy that the deploy stage makes where the engine can't read the format")
@@ -353,7 +390,7 @@ class TargetPlan(Record):
 
 
 class StagePlan(Record):
-    stage: str = Field(description="the rule")
+    stage: str = Field(description="the rule; `observe`: the rule `reference` for the model that is pruned")
     jobs: int
     seconds: float | None = Field(description="of all its jobs, one after another; null if not known")
     basis: str = Field(description="what the seconds follow from")
@@ -366,7 +403,7 @@ class PlanRecord(Record):
     model: str
     scheme: str
     basis: Literal["lock", "headers", "config"] = Field(description="what tensors are known from")
-    parameters: int = Field(description="of the source")
+    parameters: int = Field(description="of the model")
     activated_parameters: int = Field(
         description="used for one token: not experts left out, not multi-token prediction"
     )
@@ -389,6 +426,8 @@ class PlanRecord(Record):
     source_files_known: bool = Field(description="false: one more job for each file of the source")
     target: TargetPlan
     stages: list[StagePlan]
+    pruned_from: str | None = Field(None, description="the model whose files are read; null if it is not pruned")
+    experts_before: int | None = Field(None, description="routed experts of its MoE blocks")
 
 
 R = TypeVar("R", bound=Record)
@@ -403,6 +442,11 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 `text` whole: to a temporary name beside `path`, then renamed."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_keep(paths: Sequence[str | Path]) -> KeepList | None:
+    """The keep list of a pruned model, of `paths` one file; None, of no file, for a model that is not pruned."""
+    return read_json(paths[0], KeepList) if paths else None
 
 
 def read_json(path: str | Path, kind: type[R], remedy: str = "delete it to rebuild") -> R:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from requant.blocks import Experts
+from requant.reap import Watch
 from requant.streamed import StreamedModel
 
 
@@ -24,9 +25,17 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    model: StreamedModel, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, batch_size: int = 8
+    model: StreamedModel,
+    block: nn.Module,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    batch_size: int = 8,
+    watch: Watch | None = None,
 ) -> Observation:
-    """Runs `block` over hidden states [n, T, width]; `mask` [n, T] is 1 for tokens that count."""
+    """Runs `block` over hidden states [n, T, width]; `mask` [n, T] is 1 for tokens that count.
+
+    `watch` sees what the block's experts do.
+    """
     hits: dict[int, int] = {}
     amax: dict[str, torch.Tensor] = {}
 
@@ -44,6 +53,8 @@ def observe(
 
     experts = [module for module in block.modules() if isinstance(module, Experts)]
     handles = [module.register_forward_pre_hook(see_routing) for module in experts]
+    if watch is not None:
+        handles += [handle for module in experts for handle in watch.hooks(module)]
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(see_input(name)))

@@ -19,6 +19,7 @@ from requant.quantize import choose_linears
 from requant.records import TensorEntry
 from requant.schemes import Scheme
 from requant.sizes import Shaped, file_bytes, released, tensor_bytes
+from requant.view import pruned_config
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,13 @@ class Structure:
             if kind.experts
         )
         return self.parameters - idle - self.drafting
+
+    def pruned(self, experts: int) -> "Structure":
+        """The model with `experts` of its routed experts and no multi-token prediction, read from the same shards."""
+        config = pruned_config(self.config, experts)
+        kinds, _ = kinds_of(config)
+        outside = {name: entry for name, entry in self.outside.items() if not is_drafting(name, self.blocks)}
+        return Structure(config, self.basis, kinds, outside, self.stored)
 
     def release_size(self, scheme: Scheme, keep: list[str], drop_drafting: bool = False) -> "ReleaseSize":
         """What a release of `scheme` that keeps the Linears of `keep` has: a shard a block, and one for the rest.

@@ -20,7 +20,7 @@ from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
 from requant.packed import PackedCheckpoint, decode_parts
-from requant.records import TensorCheck, VerifyRecord, write_json
+from requant.records import KeepList, TensorCheck, VerifyRecord, write_json
 from requant.schemes import Scheme
 
 UNCHANGED_MEANS = (
@@ -67,14 +67,22 @@ def public_decoding(parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Ten
 
 
 def verify(
-    source: Path, packed_dir: Path, release: str, limits: tuple[float, float] | None, samples: int, out_record: Path
+    source: Path,
+    packed_dir: Path,
+    release: str,
+    limits: tuple[float, float] | None,
+    samples: int,
+    out_record: Path,
+    keep: KeepList | None = None,
 ) -> VerifyRecord:
     """Checks the release in `packed_dir` against `source`. `limits`: lowest cosine, highest relative MAE; None: BF16.
+
+    keep: the experts that a pruned model has of the source; the release is checked against those.
 
     Raises RequantError naming the first tensor that fails a check, with what was found and what was expected.
     """
     start = time.monotonic()
-    original, packed = Checkpoint(source), PackedCheckpoint(packed_dir)
+    original, packed = Checkpoint(source, keep), PackedCheckpoint(packed_dir)
     scheme, blocks = packed.scheme, block_count(original.config)
     dropped = account(original, packed, blocks)
     quantized = set(packed.quantized)

@@ -43,8 +43,12 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ("build", ["other"], "config: build: 'other' is not in `releases`; there: mine-nvfp4"),
         ("build", [], "config: build: []; expected"),
         ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
-        ("models/mine", {}, "config: models.mine.path, hub: neither found; expected one: `path: DIRECTORY`, or `hub:"),
-        ("models/mine", {"path": "x", "hub": "org/name"}, "config: models.mine.path, hub: both found; expected one"),
+        ("models/mine", {}, "config: models.mine.path, hub, from: none found; expected one: `path: DIRECTORY`, `hub:"),
+        (
+            "models/mine",
+            {"path": "x", "hub": "org/name"},
+            "config: models.mine.path, hub, from: path, hub found; expected one",
+        ),
         ("models/mine", {"hub": "name"}, "config: models.mine.hub: 'name'; expected a repository of the hub, ORG/NAME"),
         ("models/mine", {"path": "x", "revision": "main"}, "config: models.mine.revision: 'main'; expected with `hub`"),
         (
@@ -159,3 +163,82 @@ def test_every_key_says_what_it_means():
 
     empty = [row for row in reference().splitlines() if row.startswith("| `") and row.endswith("|  |")]
     assert not empty
+
+
+# Pruned models
+
+
+def pruning(**keys) -> dict:
+    data = changed("models/small", {"from": "mine", "prune": {"ratio": 0.25}} | keys)
+    return data | {"releases": {"r": {"model": "small", "scheme": "NVFP4"}}, "build": ["r"]}
+
+
+def test_a_pruned_model_takes_over_what_it_does_not_say():
+    data = pruning()
+    data["models"]["mine"] |= {"base_model": "org/name", "license": "mit"}
+    model = parse(data).models["small"]
+    assert (model.source_model, model.base_model, model.license) == ("mine", "org/name", "mit")
+    assert (model.prune.method, model.prune.calibration, model.prune.observe) == ("reap", "default", "oneshot")
+    data["models"]["small"]["license"] = "other"
+    assert parse(data).models["small"].license == "other"
+
+
+def test_methods_to_compare_with_are_models_of_their_own():
+    data = pruning(prune={"experts": 12, "seed": 7, "compare": ["frequency", "random"]})
+    models = parse(data).models
+    assert list(models) == ["mine", "small", "small.frequency", "small.random"]
+    other = models["small.random"].prune
+    assert (other.method, other.experts, other.seed, other.compare) == ("random", 12, 7, [])
+    data["releases"]["r"]["model"] = "small.frequency"
+    assert parse(data).releases["r"].model == "small.frequency"
+
+
+def test_multi_token_prediction_of_a_pruned_model_is_dropped():
+    data = pruning()
+    assert parse(data)
+    for mtp in ("drop", "keep"):
+        data["releases"]["r"]["mtp"] = mtp
+        if mtp == "keep":
+            with pytest.raises(RequantError, match=r"^config: releases.r.mtp: 'keep'; expected 'drop' for the pruned"):
+                parse(data)
+        else:
+            assert parse(data).releases["r"].mtp == "drop"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"prune": {}}, "models.small.prune.ratio, experts: neither found; expected one: `ratio: 0.25`"),
+        ({"prune": {"ratio": 0.5, "experts": 3}}, "models.small.prune.ratio, experts: both found"),
+        ({"prune": {"ratio": 1}}, "models.small.prune.ratio: 1; expected: less than 1"),
+        ({"prune": {"ratio": 0.5, "method": "norm"}}, "models.small.prune.method: 'norm'; expected: 'reap', 'freq"),
+        ({"prune": {"ratio": 0.5, "rate": 1}}, "models.small.prune.rate: unknown key (value 1); expected: one of cal"),
+        ({"prune": {"ratio": 0.5, "compare": ["reap"]}}, "models.small.prune.compare: 'reap'; expected methods other"),
+        ({"prune": {"ratio": 0.5, "calibration": "x"}}, "models.small.prune.calibration: 'x' is not in `calibrations`"),
+        ({"prune": None}, "models.small.from: found alone; expected `from` and `prune`"),
+        ({"from": None, "path": "x"}, "models.small.prune: found alone; expected `from` and `prune`"),
+        ({"path": "x"}, "models.small.path, hub, from: path, from found; expected one"),
+        ({"revision": "main"}, "models.small.revision: 'main'; expected with `hub` only, not with `from`"),
+        ({"from": "other"}, "models.small.from: 'other' is not in `models`; there, with `path` or `hub`: mine"),
+        ({"from": "small"}, "models.small.from: 'small' is itself pruned; there, with `path` or `hub`: mine"),
+        (
+            {"form": "mine"},
+            "models.small.form: unknown key (value 'mine'); expected: one of base_model, directory, from",
+        ),
+    ],
+)
+def test_each_mistake_in_pruning_is_one_line(keys, expected):
+    with pytest.raises(RequantError) as error:
+        parse(pruning(**keys))
+    assert any(line.startswith(f"config: {expected}") for line in str(error.value).split("\n")), str(error.value)
+
+
+def test_names_that_pruning_takes_are_refused():
+    data = pruning(prune={"ratio": 0.5, "compare": ["random"]})
+    data["models"]["small.random"] = {"path": "x"}
+    with pytest.raises(RequantError, match=r"^config: models.small.random: found; models.small.prune.compare makes a"):
+        parse(data)
+    data = pruning()
+    data["models"]["reference"] = data["models"]["small"]
+    with pytest.raises(RequantError, match=r"^config: models.reference: results/reference/ is the graph's own"):
+        parse(data)

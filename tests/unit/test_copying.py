@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from test_view import GROUPED, keep_of, prune_by_hand
 from transformers import AutoModelForCausalLM
 
 from requant.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from requant.errors import RequantError
 from requant.packed import PackedCheckpoint, write_decoded
 from requant.packing import pack
 from requant.plan import source_of
-from requant.records import CopiedBlock, PackRecord, read_json
+from requant.records import CopiedBlock, KeepList, PackRecord, read_json
 from requant.safetensors_io import save
 from requant.schemes import SCHEMES
 from requant.streamed import StreamedModel
@@ -44,11 +45,12 @@ def make_source(folder: Path, name: str) -> tuple[Path, Path]:
     return tiny.write_fp8(plain, folder / "fp8", folder / "bf16"), folder / "bf16"
 
 
-def make_release(folder: Path, source: Path, mtp: str = "keep") -> PackRecord:
+def make_release(folder: Path, source: Path, mtp: str = "keep", keep: KeepList | None = None) -> PackRecord:
     """The release of `source` in BF16, in `folder`."""
     for block in range(2):
-        copy_block(source, "r", block, "BF16", folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json")
-    return pack(source, "r", "m", "BF16", folder / "blocks", folder / "model", folder / "pack.json", mtp)
+        shard, record = folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json"
+        copy_block(source, "r", block, "BF16", shard, record, keep)
+    return pack(source, "r", "m", "BF16", folder / "blocks", folder / "model", folder / "pack.json", mtp, keep)
 
 
 def check(source: Path, folder: Path):
@@ -134,6 +136,28 @@ def test_multi_token_prediction_can_be_left_out(tmp_path):
     layer = load_file(source / "mtp.safetensors")
     assert record.multi_token_prediction == "dropped" and found.source_tensors - found.unchanged == len(layer)
     assert json.loads((tmp_path / "model/config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+def test_a_pruned_model_in_bf16_is_the_one_pruned_by_hand(tmp_path):
+    """Byte for byte: what reads the view reads a checkpoint, and transformers gives the logits of the view."""
+    groups = {"n_group": 2, "topk_group": 1}
+    whole = tiny.write_checkpoint(tmp_path / "whole", "deepseek_v3", num_hidden_layers=2, **groups)
+    kept = keep_of({1: GROUPED[1]}, groups=2)
+    by_hand = prune_by_hand(whole, tmp_path / "by_hand", "deepseek_v3", kept.blocks)
+    for folder, source, keep in ((tmp_path / "view", whole, kept), (tmp_path / "hand", by_hand, None)):
+        make_release(folder, source, keep=keep)
+        record = verify(source, folder / "model", "r", None, 8, folder / "verify.json", keep)
+        assert record.unchanged == record.source_tensors
+    for shard in (tmp_path / "hand/model").glob("*.safetensors"):
+        assert (tmp_path / "view/model" / shard.name).read_bytes() == shard.read_bytes()
+    tokens = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(3))
+    viewed = StreamedModel(Checkpoint(whole, kept)).logits_of(tokens)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "view/model", dtype="auto").eval()
+    with torch.no_grad():
+        logits = loaded(tokens).logits.float()
+    assert loaded.config.n_routed_experts == 4
+    assert (logits - viewed).abs().max() < 0.02 * viewed.abs().max()
+    assert torch.equal(StreamedModel(PackedCheckpoint(tmp_path / "view/model")).logits_of(tokens), viewed)
 
 
 def one_bit(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,12 @@ def subject(data: dict, release: str, directory: Path, lock: Path | None = None)
     config = parse(data)
     found = config.releases[release]
     calibration, target = config.calibrations[found.calibration], config.targets[found.deploy.target]
-    return Subject(release, found, calibration, target, str(directory), lock and str(lock))
+    model = config.models[found.model]
+    pruning = {}
+    if model.prune:
+        observed = config.calibrations[model.prune.calibration]
+        pruning = {"pruned_from": model.source_model, "prune": model.prune, "observed": observed}
+    return Subject(release, found, calibration, target, str(directory), lock and str(lock), **pruning)
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +172,21 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     (name,) = data["build"]
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(real_config(V32, n_routed_experts=experts)))
+    (folder / "config.json").write_text(json.dumps(real_config(V32)))
     records, table = plan_build([subject(data, name, folder)], RATES, tmp_path / "results")
     record = read_json(tmp_path / "results" / name / "plan.json", PlanRecord)
     assert record == records[0] and record.basis == "config"
     assert record.schemes[record.scheme].file_bytes / 1e9 == pytest.approx(size, abs=0.2)
+    by_hand = from_config(real_config(V32, n_routed_experts=experts)).release_size(SCHEMES[record.scheme], [])
+    assert record.schemes[record.scheme].file_bytes == by_hand.files
     assert record.target.problem is None and record.target.fits
     assert 60e9 < record.gpu_bytes < 80e9 if experts == 192 else 45e9 < record.gpu_bytes < 60e9
-    assert record.disk.reference == pytest.approx(62 * (512 + 64) * 2048 * 7168 * 2, rel=1e-6)
-    assert {stage.stage: stage.jobs for stage in record.stages}["quantize"] == 61
+    assert record.disk.reference == pytest.approx(2 * 62 * (512 + 64) * 2048 * 7168 * 2, rel=1e-6), "two chains"
+    stages = {stage.stage: stage for stage in record.stages}
+    assert stages["quantize"].jobs == stages["reference"].jobs == stages["observe"].jobs == 61
+    assert stages["observe"].seconds == pytest.approx(stages["reference"].seconds), "as many experts a token"
+    assert (record.pruned_from, record.experts_before, record.routed_experts) == ("deepseek-v3.2", 256, experts)
+    assert record.source_bytes == from_config(real_config(V32)).stored and "from deepseek-v3.2" in table
     assert "H100" in next(stage.basis for stage in record.stages if stage.stage == "quantize")
     assert "config alone" not in table and "config.json alone" in table and "chosen" in table
     assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known

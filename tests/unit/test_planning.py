@@ -63,5 +63,7 @@ def test_a_lock_is_of_a_model_of_the_config():
     assert model_to_lock(7, {"7": 1}) == "7", "the command line is read as YAML"
     with pytest.raises(RequantError, match=r"^lock: no model is named; expected --config model=NAME, one of a, b$"):
         model_to_lock(None, {"b": 1, "a": 2})
-    with pytest.raises(RequantError, match=r"^--config model=c: not in `models`; expected one of a, b$"):
+    with pytest.raises(
+        RequantError, match=r"^--config model=c: not in `models`, or pruned from one; expected one of a, b$"
+    ):
         model_to_lock("c", {"b": 1, "a": 2})

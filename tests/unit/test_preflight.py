@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 
 from requant.config import Calibration, Release, Target, parse
-from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, tokens_bytes
+from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, reference_files, tokens_bytes
 from requant.errors import RequantError
 from requant.preflight import check_context, check_group, check_numbers, check_source
 from requant.schemes import SCHEMES
@@ -166,7 +166,7 @@ CALIBRATION = Calibration(nsamples=64, seqlen=32, heldout={"nsamples": 8})
 
 
 def chain() -> dict[str, int]:
-    return chain_files("r", "m", "c", CALIBRATION, DENSE)
+    return reference_files("m", "m", "c", CALIBRATION, DENSE) | chain_files("r", CALIBRATION, DENSE)
 
 
 def test_a_chain_has_a_file_a_block_and_the_embeddings(here):

@@ -35,7 +35,15 @@ def chain(tmp_path_factory):
     for block in range(2):
         after = folder / f"hidden_{block}.safetensors"
         run_reference_block(
-            source, folder / "tokens.safetensors", before, block, after, folder / f"routing_{block}.json", "moe", "c"
+            source,
+            folder / "tokens.safetensors",
+            before,
+            block,
+            after,
+            folder / f"routing_{block}.json",
+            folder / f"saliency_{block}.csv",
+            "moe",
+            "c",
         )
         before = after
     return SimpleNamespace(folder=folder, source=source)
@@ -175,6 +183,7 @@ def test_experts_that_no_token_reached_are_named_and_get_their_peers_range(chain
             block,
             tmp_path / f"hidden_{block}.safetensors",
             tmp_path / "routing.json",
+            tmp_path / "saliency.csv",
             "moe",
             "c",
         )
@@ -227,7 +236,15 @@ def test_biases_are_kept_beside_packed_weights(tmp_path):
     embed(source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors")
     hidden, routing = tmp_path / "hidden_0.safetensors", tmp_path / "routing.json"
     run_reference_block(
-        source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors", 0, hidden, routing, "m", "c"
+        source,
+        tmp_path / "tokens.safetensors",
+        tmp_path / "embedded.safetensors",
+        0,
+        hidden,
+        routing,
+        tmp_path / "saliency.csv",
+        "m",
+        "c",
     )
     run(job(folder, block=0), tmp_path)
     name = "model.layers.0.self_attn.q_proj.bias"
@@ -244,7 +261,17 @@ def test_an_indexer_is_rounded_and_the_record_says_so(engine, tmp_path):
     save(tmp_path / "tokens.safetensors", sets)
     embed(source, tmp_path / "tokens.safetensors", tmp_path / "embedded.safetensors")
     before, after = tmp_path / "embedded.safetensors", tmp_path / "hidden_0.safetensors"
-    run_reference_block(source, tmp_path / "tokens.safetensors", before, 0, after, tmp_path / "routing.json", "m", "c")
+    run_reference_block(
+        source,
+        tmp_path / "tokens.safetensors",
+        before,
+        0,
+        after,
+        tmp_path / "routing.json",
+        tmp_path / "saliency.csv",
+        "m",
+        "c",
+    )
     folder = SimpleNamespace(folder=tmp_path, source=source)
     found = {}
     for iters in (3, 0):

@@ -16,13 +16,13 @@ from requant.errors import RequantError
 from requant.packed import PackedCheckpoint, write_decoded
 from requant.packing import link_or_copy, pack
 from requant.quantize import BlockJob, quantize_block
-from requant.records import PackRecord, read_json
+from requant.records import KeepList, PackRecord, read_json
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 from requant.verify import compare, verify
 
 
-def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep") -> Path:
+def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep", experts: KeepList | None = None) -> Path:
     """A packed release of plainly rounded blocks: no calibration chain is needed to check verification."""
     tokens = torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     ones = torch.ones(4, 16, dtype=torch.uint8)
@@ -30,7 +30,7 @@ def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep") -> 
         folder / "t.safetensors",
         {"calibration": tokens, "heldout": tokens.clone(), "calibration_mask": ones, "heldout_mask": ones.clone()},
     )
-    model = StreamedModel(Checkpoint(source))
+    model = StreamedModel(Checkpoint(source, experts))
     hidden = model.embed(tokens)
     save(folder / "-1.safetensors", {"calibration": hidden})
     for block in range(model.blocks):
@@ -47,11 +47,12 @@ def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep") -> 
             tokens=folder / "t.safetensors",
             hidden=folder / f"{block - 1}.safetensors",
             targets=folder / f"{block}.safetensors",
+            kept_experts=experts,
         )
         quantize_block(
             job, folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json", folder / "next.safetensors"
         )
-    pack(source, "r", "m", scheme, folder / "blocks", folder / "model", folder / "pack.json", mtp)
+    pack(source, "r", "m", scheme, folder / "blocks", folder / "model", folder / "pack.json", mtp, experts)
     return folder
 
 

@@ -61,7 +61,9 @@ def test_the_release_has_the_bytes_of_one_made_from_bf16(build, tmp_path):
     embed(source, tokens, hidden)
     for block in range(BLOCKS):
         output, shipped = tmp_path / f"hidden_{block}.safetensors", tmp_path / f"chain_{block}.safetensors"
-        run_reference_block(source, tokens, hidden, block, output, tmp_path / "routing.json", "ds", "small")
+        run_reference_block(
+            source, tokens, hidden, block, output, tmp_path / "routing.json", tmp_path / "saliency.csv", "ds", "small"
+        )
         job = BlockJob(source, "ds", "ds", block, "NVFP4", Tuning(**TUNING), [], tokens, tuned, output)
         files = tmp_path / f"blocks/{block}.safetensors", tmp_path / f"blocks/{block}.json"
         quantize_block(job, *files, shipped)
