@@ -503,9 +503,9 @@ def scheme_text(name: str) -> str:
 
 
 def weight_bits(facts: ReleaseFacts) -> str:
-    """Bits that a quantized weight takes, or that none is quantized."""
+    """Bits that a quantized weight takes; of a release that has none, those of its format."""
     bits = facts.pack.bits_per_quantized_weight
-    return "none is quantized" if bits is None else wording.figure(bits)
+    return f"{SCHEMES[facts.pack.scheme].weight_bits} (not quantized)" if bits is None else wording.figure(bits)
 
 
 def made(releases: Sequence[ReleaseFacts]) -> str:
