@@ -1,5 +1,6 @@
 """
 REQUIRED INPUTS   source               {path of the model}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json
                   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
                   tasks                files under the benchmark's include_path, and the data files they name
 OUTPUTS           source scores        results/reference/{model}/benchmark/{benchmark}.json

@@ -5,8 +5,11 @@ REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluat
                                           results/calibration/{model}/{calibration}/calibration.json,
                                           results/reference/{model}/{calibration}/routing_{block}.json,
                                           results/reference/{model}/benchmark/{benchmark}.json
+                  of a pruned model       results/{model}/prune/{keep,evaluate}.json, and those of the models that
+                                          it is held against; its tables of saliencies
 OUTPUTS           card of a release       results/{release}/model/README.md
-                  its pictures            results/{release}/model/{loss,hidden_states}.png (if it is quantized)
+                  its pictures            results/{release}/model/{loss,hidden_states}.png (if it is quantized),
+                                          saliency.png (if its model is pruned)
                   its provenance          results/{release}/model/provenance.json
                   card of the build       model_card.md
                   its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any;
@@ -46,10 +49,34 @@ rule plot_release:
         "../scripts/plot_release.py"
 
 
+rule plot_saliency:
+    input:
+        keep=keep_list_of,
+        tables=tables_of,
+        lib=modules("plot_saliency"),
+    output:
+        saliency=report(
+            "results/{release}/model/saliency.png",
+            caption="../report/saliency.rst",
+            category="Releases",
+            subcategory="{release}",
+            labels={"figure": "saliency of the experts"},
+        ),
+    log:
+        "logs/plot_saliency/{release}.log",
+    benchmark:
+        "results/benchmarks/plot_saliency/{release}.tsv"
+    conda:
+        "../envs/requant.yaml"
+    script:
+        "../scripts/plot_saliency.py"
+
+
 rule release_card:
     input:
         records=release_records,
         pictures=release_pictures,
+        saliency=saliency_picture,
         templates=card_templates(),
         lib=modules("release_card"),
     output:
@@ -131,6 +158,7 @@ rule card:
         provenance=release_provenance(),
         pictures=build_pictures,
         experts=expert_pictures,
+        saliency=saliency_pictures,
         templates=card_templates(),
         lib=modules("card"),
     output:

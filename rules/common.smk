@@ -342,20 +342,24 @@ def preflight(release):
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config, scheme.quantizes)
-    for walked, calibration in reference_chains(release):
+    for walked, calibration, ends in reference_chains(release):
         at = CONFIG.calibrations[calibration]
-        chain |= reference_files(walked, source_name(model), calibration, at, model_config)
+        chain |= reference_files(walked, source_name(model), calibration, at, model_config, ends)
     stored = kept_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
 
 
 def reference_chains(release):
-    """(model, calibration) of the chains that a release rests on: its model's, and what that was observed for pruning."""
+    """(model, calibration, whether the last block is run) of the chains that a release and its pruning rest on."""
     settings = CONFIG.releases[release]
-    model = CONFIG.models[settings.model]
-    observed = [(model.source_model, model.prune.calibration)] if model.prune else []
-    return [(settings.model, settings.calibration), *observed]
+    name, model = settings.model, CONFIG.models[settings.model]
+    if model.prune is None:
+        return [(name, settings.calibration, True)]
+    walked = [name, *comparisons(name)] if model.prune.observe == "sequential" else []
+    decided = [(other, model.prune.calibration, False) for other in walked]
+    whole = [(model.source_model, found) for found in (settings.calibration, model.prune.calibration)]
+    return [*((other, found, True) for other, found in [(name, settings.calibration), *whole]), *decided]
 
 
 def shard_bytes(model, shards):
@@ -610,13 +614,65 @@ def pruning_of(wildcards):
     }
 
 
+def end_of_original(wildcards):
+    """The end of the chain of the model that a release's model is pruned from, as a list of one; else of none."""
+    source = CONFIG.models[model_of(wildcards)].source_model
+    if source is None:
+        return []
+    seen = SimpleNamespace(model=source, calibration=calibration_of(wildcards))
+    return [reference_chain(seen)[-1]]
+
+
+def comparisons(model):
+    """The models that a pruned model is held against, pruned by other methods."""
+    return [f"{model}.{method}" for method in CONFIG.models[model].prune.compare]
+
+
+def evidence(wildcards):
+    """The records that tell of the pruning of a release's model; none if it is not pruned."""
+    model = model_of(wildcards)
+    if CONFIG.models[model].prune is None:
+        return []
+    pruned = SimpleNamespace(model=model)
+    names, seen = [model, *comparisons(model)], observed(pruned)
+    return [
+        *[f"results/{name}/prune/{record}.json" for name in names for record in ("keep", "evaluate")],
+        *[
+            f"results/reference/{name}/benchmark/{benchmark_of(wildcards)}.json"
+            for name in (seen.model, *names)
+        ],
+        *saliency_tables(pruned),
+        *routing_records(seen),
+        observed_record(pruned),
+    ]
+
+
+def saliency_picture(wildcards):
+    """The heat map of a release's card, as a list of one; of none for a model that is not pruned."""
+    pruned = CONFIG.models[model_of(wildcards)].prune is not None
+    return [f"results/{wildcards.release}/model/saliency.png"] if pruned else []
+
+
+def saliency_pictures(_):
+    return [picture for wildcards in built() for picture in saliency_picture(wildcards)]
+
+
+def keep_list_of(wildcards):
+    return f"results/{model_of(wildcards)}/prune/keep.json"
+
+
+def tables_of(wildcards):
+    return saliency_tables(SimpleNamespace(model=model_of(wildcards)))
+
+
 # Cards
 
 
 def shared_records(wildcards):
-    """The records that a release shares with others of its model: source, tokens, routing, the source's scores."""
+    """The records that a release shares with others of its model: source, tokens, routing, scores, pruning."""
     model = model_of(wildcards)
     return [
+        *evidence(wildcards),
         f"results/source/{source_name(model)}/source.json",
         calibration_record(wildcards),
         *routing_records(wildcards),
@@ -630,7 +686,7 @@ def release_records(wildcards):
         f"results/{wildcards.release}/{stage}.json"
         for stage in ("pack", "verify", "evaluate", "deploy", "benchmark")
     ]
-    return [*shared_records(wildcards), *block_records(wildcards), *own]
+    return list(dict.fromkeys([*shared_records(wildcards), *block_records(wildcards), *own]))
 
 
 def built():
@@ -694,6 +750,7 @@ def card_subject(wildcards):
         "base_model": model.base_model,
         "license": model.license,
         "configfiles": config_files(),
+        "compare": comparisons(model_of(wildcards)) if model.prune else None,
     }
 
 

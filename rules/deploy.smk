@@ -1,7 +1,8 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
-                  held-out tokens      results/calibration/{model}/{calibration}/tokens.safetensors
+                  held-out tokens      results/calibration/{source}/{calibration}/tokens.safetensors
                   source               {path of the model}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json
 OUTPUTS           what was served      results/{release}/deploy.json: command, answers, and whose tokens they are
 MEANWHILE         decoded weights      results/{release}/served/: gone when the job ends, emptied when it starts
 """

@@ -1,8 +1,9 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
-                  held-out tokens      results/calibration/{model}/{calibration}/tokens.safetensors
+                  held-out tokens      results/calibration/{source}/{calibration}/tokens.safetensors
                   reference chain      results/reference/{model}/{calibration}/embedded, hidden_{block}.safetensors
                   source               {path of the model}/*.safetensors
+                  of a pruned model    its keep list, and the end of its source's reference chain
 OUTPUTS           KL, perplexity, ...  results/{release}/evaluate.json
 """
 
@@ -14,6 +15,7 @@ rule evaluate:
         calibration=calibration_record,
         hidden=reference_chain,
         keep=keep_list,
+        original=end_of_original,
         source=all_shards,
         lib=modules("evaluate"),
     output:

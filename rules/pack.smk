@@ -1,6 +1,7 @@
 """
 REQUIRED INPUTS   packed blocks        results/{release}/blocks/{block}.safetensors, {block}.json
                   source               {path of the model}/*
+                  of a pruned model    results/{model}/prune/keep.json
 OUTPUTS           the checkpoint       results/{release}/model/*: shards are hard links of the block files
                   its manifest         results/{release}/pack.json: every file with size and sha256, and the counts
 """

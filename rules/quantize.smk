@@ -1,17 +1,19 @@
 """
 Blocks of a release whose scheme quantizes:
 
-REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}/tokens.safetensors
+REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration}/tokens.safetensors
                   reference outputs    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   tuning inputs        results/{release}/chain/{block - 1}.safetensors (or the reference chain's)
-                  shards of the block  {path of the model}/*.safetensors
+                  shards of the block  {path of the source}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
 OUTPUTS           packed tensors       results/{release}/blocks/{block}.safetensors
                   losses, hits, ...    results/{release}/blocks/{block}.json
                   output as shipped    results/{release}/chain/{block}.safetensors
 
 Blocks of a release in BF16:
 
-REQUIRED INPUTS   shards of the block  {path of the model}/*.safetensors
+REQUIRED INPUTS   shards of the block  {path of the source}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
 OUTPUTS           the source's tensors results/{release}/blocks/{block}.safetensors
                   what was copied      results/{release}/blocks/{block}.json
 """

@@ -1,13 +1,14 @@
 """
-REQUIRED INPUTS   tokens               results/calibration/{model}/{calibration}/tokens.safetensors
-                  shards of the block  {path of the model}/*.safetensors
+REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration}/tokens.safetensors
+                  shards of the block  {path of the source}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
 OUTPUTS           embeddings           results/reference/{model}/{calibration}/embedded.safetensors
                   output of a block    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   expert hits          results/reference/{model}/{calibration}/routing_{block}.json
                   their saliencies     results/reference/{model}/{calibration}/saliency_{block}.csv
 
-The source model's hidden states, block by block. They depend on model and calibration and on no scheme: every
-release of a model shares them.
+A model's hidden states, block by block. They depend on model and calibration and on no scheme: every release of a
+model shares them. {source} is the model whose files are read: a pruned model's is the one that it is made from.
 """
 
 

@@ -1,6 +1,7 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
                   source               {path of the model}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json
 OUTPUTS           every tensor's check results/{release}/verify.json
 """
 

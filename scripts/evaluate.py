@@ -22,6 +22,7 @@ with job(snakemake.log[0]):
         snakemake.threads,
         Path(snakemake.output.record),
         read_keep(snakemake.input.keep),
+        Path(snakemake.input.original[0]) if snakemake.input.original else None,
     )
     kl, perplexity = record.quantized.kl_divergence, record.quantized.perplexity
     rounded = f" (plain rounding {record.rounded.kl_divergence:.4g})" if record.rounded else ""

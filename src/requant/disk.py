@@ -30,13 +30,14 @@ def hidden_bytes(calibration: Calibration, width: int, heldout: bool) -> int:
 
 
 def reference_files(
-    model: str, source: str, name: str, calibration: Calibration, config: dict[str, Any]
+    model: str, source: str, name: str, calibration: Calibration, config: dict[str, Any], ends: bool = True
 ) -> dict[str, int]:
     """Size of each file of tokens and hidden states of a model's reference chain; `name` is the calibration's.
 
-    source: the model that it is pruned from, and whose tokens it has; itself if it is not pruned.
+    source: the model that it is pruned from, and whose tokens it has; itself if it is not pruned. ends: whether its
+    last block is run.
     """
-    reference, blocks = f"results/reference/{model}/{name}", range(config["num_hidden_layers"])
+    reference, blocks = f"results/reference/{model}/{name}", range(config["num_hidden_layers"] - (not ends))
     states = [f"{reference}/embedded.safetensors", *(f"{reference}/hidden_{block}.safetensors" for block in blocks)]
     files = {f"results/calibration/{source}/{name}/tokens.safetensors": tokens_bytes(calibration)}
     return files | dict.fromkeys(states, hidden_bytes(calibration, config["hidden_size"], heldout=True))

@@ -110,10 +110,12 @@ def evaluate(
     threads: int,
     out_record: Path,
     keep: KeepList | None = None,
+    original_hidden: Path | None = None,
 ) -> EvaluateRecord:
     """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ....
 
-    keep: the experts that a pruned model has of the source.
+    keep: the experts that a pruned model has of the source; original_hidden: the end of the chain of the model that it
+    is pruned from.
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
@@ -144,12 +146,24 @@ def evaluate(
         if quantizes
         else "BF16",
         **{"rounded": None} | {name: found.quality() for name, found in tallies.items()},
+        **against_original(original, original_hidden, chains["quantized"].hidden, tokens, mask),
         block_mse=[{name: chain.errors[index] for name, chain in chains.items()} for index in range(original.blocks)],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
     )
     write_json(out_record, record)
     return record
+
+
+def against_original(
+    model: StreamedModel, end: Path | None, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None
+) -> dict[str, ModelQuality]:
+    """A release, whose last hidden states are `hidden`, against the model that its source is pruned from: pruning and
+    quantization together. Nothing without the `end` of that model's chain."""
+    if end is None:
+        return {}
+    found = tally(model, load_file(end)["heldout"], {"quantized": hidden}, tokens, mask)
+    return {"original": found["source"].quality(), "against_original": found["quantized"].quality()}
 
 
 def evaluate_pruned(

@@ -63,7 +63,15 @@ class Subject:
         """(model, name of the calibration, calibration) of each reference chain that the release rests on."""
         settings = self.settings
         found = [(settings.model, settings.calibration, self.calibration)]
-        return found if self.prune is None else [*found, (self.pruned_from, self.prune.calibration, self.observed)]
+        if self.prune is not None:  # to observe it, and to hold the release against it
+            found.append((self.pruned_from, self.prune.calibration, self.observed))
+            found.append((self.pruned_from, settings.calibration, self.calibration))
+        return found
+
+    def rivals(self) -> list[str]:
+        """The release's pruned model, and those that it is held against; none if it is not pruned."""
+        model = self.settings.model
+        return [] if self.prune is None else [model, *(f"{model}.{method}" for method in self.prune.compare)]
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,9 @@ def memory_of_jobs(subject: Subject, model: Structure, whole: Structure) -> dict
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     found = cpu_bytes(model, subject.calibration, scheme, tuning)
     if subject.prune is not None:
-        observing = cpu_bytes(whole, subject.observed, scheme, tuning)["reference"]
-        found["reference"] = max(found["reference"], observing)
+        original = cpu_bytes(whole, subject.observed, scheme, tuning)
+        found["reference"] = max(found["reference"], original["reference"])
+        found["benchmark_source"] = original["benchmark"]
     return found
 
 
@@ -237,6 +246,10 @@ def states(subject: Subject, model: Structure) -> dict[str, int]:
     files = chain_files(subject.release, subject.calibration, model.config, quantizes)
     for walked, name, calibration in subject.chains():
         files |= reference_files(walked, subject.files_of, name, calibration, model.config)
+    if subject.prune is not None and subject.prune.observe == "sequential":
+        for walked in subject.rivals():
+            at = subject.prune.calibration
+            files |= reference_files(walked, subject.files_of, at, subject.observed, model.config, ends=False)
     return files
 
 
@@ -296,10 +309,28 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
             once |= {("calibrate", files, name), ("embed", walked, name)}
             once |= {("reference", walked, name, block) for block in range(blocks)}
             once |= {("demo_text", text.path) for text in texts(calibration) if made_text(text)}
+        once |= pruning_jobs(subject, blocks)
         moe = moe or any(kind.experts for kind in source.structure.kinds)
     found.update(Counter(key[0] for key in once))
     found.update(["card", "all", *(["plot_build"] if any_quantized else []), *(["plot_experts"] if moe else [])])
     return dict(sorted(found.items()))
+
+
+def pruning_jobs(subject: Subject, blocks: int) -> set[tuple]:
+    """The jobs, by rule and wildcards, that make and measure a release's pruned model of `blocks` blocks."""
+    prune, model, benchmark, names = subject.prune, subject.settings.model, subject.settings.benchmark, subject.rivals()
+    if prune is None:
+        return set()
+    found = {(rule, name) for rule in ("keep", "prune_evaluate") for name in names}
+    found |= {("benchmark_source", name, benchmark) for name in (subject.pruned_from, *names)}
+    found.add(("plot_saliency", subject.release))
+    if prune.observe == "sequential":  # the last block of a comparison is decided, and never run
+        before = [(name, block) for name in names for block in range(blocks - 1)]
+        found |= {("embed", name, prune.calibration) for name in names}
+        found |= {("reference", name, prune.calibration, block) for name, block in before}
+        found |= {("keep_block", *run) for run in (*before, (model, blocks - 1))}
+        found |= {("observe", name, block) for name in names for block in range(blocks)}
+    return found
 
 
 PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "release_card")

@@ -258,6 +258,12 @@ class EvaluateRecord(Record):
     source: ModelQuality
     rounded: ModelQuality | None = Field(description="plain rounding, iterations 0; null if nothing is quantized")
     quantized: ModelQuality = Field(description="the release")
+    original: ModelQuality | None = Field(
+        None, description="the model that `model` is pruned from, against itself; null if it is not pruned"
+    )
+    against_original: ModelQuality | None = Field(
+        None, description="the release against that model: what pruning and quantization cost together"
+    )
     block_mse: list[dict[str, float]] = Field(
         description="by block: mean squared error of the hidden states, `quantized` and, where there is one, `rounded`"
     )
