@@ -8,10 +8,12 @@ REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluat
                   of a pruned model       results/{model}/prune/{keep,evaluate}.json, and those of the models that
                                           it is held against; its tables of saliencies
 OUTPUTS           card of a release       results/{release}/model/README.md
-                  its pictures            results/{release}/model/{loss,hidden_states}.png (saliency: if pruned)
+                  its pictures            results/{release}/model/{loss,hidden_states}.png (if it is quantized),
+                                          saliency.png (if its model is pruned)
                   its provenance          results/{release}/model/provenance.json
                   card of the build       model_card.md
-                  its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any)
+                  its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any;
+                                          the others: if a release is quantized)
 
 The cards read records only: no tensor is opened here.
 """
@@ -73,8 +75,7 @@ rule plot_saliency:
 rule release_card:
     input:
         records=release_records,
-        loss="results/{release}/model/loss.png",
-        hidden_states="results/{release}/model/hidden_states.png",
+        pictures=release_pictures,
         saliency=saliency_picture,
         templates=card_templates(),
         lib=modules("release_card"),
@@ -155,8 +156,7 @@ rule card:
     input:
         records=build_records,
         provenance=release_provenance(),
-        loss="results/card/loss.png",
-        hidden_states="results/card/hidden_states.png",
+        pictures=build_pictures,
         experts=expert_pictures,
         saliency=saliency_pictures,
         templates=card_templates(),

@@ -341,11 +341,11 @@ def preflight(release):
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
-    chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config)
+    chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config, scheme.quantizes)
     for walked, calibration, ends in reference_chains(release):
         at = CONFIG.calibrations[calibration]
         chain |= reference_files(walked, source_name(model), calibration, at, model_config, ends)
-    stored = shard_bytes(model, set(shard_of.values()))
+    stored = kept_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
 
@@ -368,6 +368,15 @@ def shard_bytes(model, shards):
         files = lock_at(path).files
         return sum(files[name].size for name in shards)
     return sum(os.path.getsize(f"{source_dir(model)}/{name}") for name in shards)
+
+
+def kept_bytes(model, shards):
+    """`shard_bytes`, of a pruned model in proportion to its experts, which is less than it takes of them."""
+    stored, settings = shard_bytes(model, shards), CONFIG.models[model]
+    if settings.prune is None:
+        return stored
+    kept, before = (routed_experts(checkpoint_plan(name)[0]) for name in (model, settings.source_model))
+    return stored * kept // before
 
 
 # Calibration and the reference chain
@@ -437,6 +446,20 @@ def tuning_inputs(wildcards):
     return f"results/{wildcards.release}/chain/{before}.safetensors"
 
 
+def releases_that(quantize):
+    """A pattern of the releases whose scheme quantizes, or of those in BF16; of nothing if there are none."""
+    found = [
+        name for name, release in CONFIG.releases.items() if SCHEMES[release.scheme].quantizes == quantize
+    ]
+    return "|".join(map(re.escape, found)) or "(?!)"
+
+
+def shards_to_copy(wildcards):
+    """`block_shards` of a release that can be made."""
+    preflight(wildcards.release)
+    return block_shards(wildcards)
+
+
 def tuning_config(wildcards):
     return release_of(wildcards).tuning.model_dump(mode="json")
 
@@ -487,7 +510,7 @@ def packed_files(wildcards):
 
 
 def limits_of(wildcards):
-    return list(verify_limits(release_of(wildcards)))
+    return list(verify_limits(release_of(wildcards)) or ())
 
 
 def verify_samples(wildcards):
@@ -687,6 +710,18 @@ def build_records(_):
 
 def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
+
+
+def release_pictures(wildcards):
+    """The pictures of a release's losses and errors; a release in BF16 has none."""
+    names = ("loss", "hidden_states") if SCHEMES[release_of(wildcards).scheme].quantizes else ()
+    return [f"results/{wildcards.release}/model/{name}.png" for name in names]
+
+
+def build_pictures(_):
+    """The pictures of losses and errors, if a release of the build is quantized."""
+    found = [release_pictures(wildcards) for wildcards in built()]
+    return ["results/card/loss.png", "results/card/hidden_states.png"] if any(found) else []
 
 
 def expert_pictures(_):

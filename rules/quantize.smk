@@ -1,4 +1,6 @@
 """
+Blocks of a release whose scheme quantizes:
+
 REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration}/tokens.safetensors
                   reference outputs    results/reference/{model}/{calibration}/hidden_{block}.safetensors
                   tuning inputs        results/{release}/chain/{block - 1}.safetensors (or the reference chain's)
@@ -7,6 +9,13 @@ REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration
 OUTPUTS           packed tensors       results/{release}/blocks/{block}.safetensors
                   losses, hits, ...    results/{release}/blocks/{block}.json
                   output as shipped    results/{release}/chain/{block}.safetensors
+
+Blocks of a release in BF16:
+
+REQUIRED INPUTS   shards of the block  {path of the source}/*.safetensors
+                  of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
+OUTPUTS           the source's tensors results/{release}/blocks/{block}.safetensors
+                  what was copied      results/{release}/blocks/{block}.json
 """
 
 
@@ -26,6 +35,8 @@ rule quantize:
         "logs/quantize/{release}/{block}.log",
     benchmark:
         "results/benchmarks/quantize/{release}/{block}.tsv"
+    wildcard_constraints:
+        release=releases_that(quantize=True),
     conda:
         "../envs/requant.yaml"
     threads: tuning_threads
@@ -39,3 +50,26 @@ rule quantize:
         keep=keep_patterns,
     script:
         "../scripts/quantize.py"
+
+
+rule copy_block:
+    input:
+        keep=keep_list,
+        shards=shards_to_copy,
+        lib=modules("copy_block"),
+    output:
+        block="results/{release}/blocks/{block}.safetensors",
+        record="results/{release}/blocks/{block}.json",
+    log:
+        "logs/copy_block/{release}/{block}.log",
+    benchmark:
+        "results/benchmarks/copy_block/{release}/{block}.tsv"
+    wildcard_constraints:
+        release=releases_that(quantize=False),
+    conda:
+        "../envs/requant.yaml"
+    params:
+        source=source_path_of,
+        scheme=scheme_of_release,
+    script:
+        "../scripts/copy_block.py"

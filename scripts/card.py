@@ -15,7 +15,8 @@ with job(snakemake.log[0]):
 
     releases = [load_release(Path(), **subject) for subject in snakemake.params.subjects]
     provenance = [read_json(path, Provenance) for path in snakemake.input.provenance]
+    loss, hidden_states = snakemake.input.pictures or (None, None)
     experts = snakemake.input.experts
     saliency = {Path(path).parts[-3]: path for path in snakemake.input.saliency}
-    figures = Figures(snakemake.input.loss, snakemake.input.hidden_states, experts[0] if experts else None, saliency)
+    figures = Figures(loss, hidden_states, experts[0] if experts else None, saliency)
     write_text(snakemake.output.card, render_card(releases, provenance, figures))

@@ -26,7 +26,7 @@ with job(snakemake.log[0]):
         snakemake.params.device,
     )
     kl, perplexity = record.quantized.kl_divergence, record.quantized.perplexity
+    rounded = f" (plain rounding {record.rounded.kl_divergence:.4g})" if record.rounded else ""
     progress(
-        f"{record.release}: KL {kl:.4g} (plain rounding {record.rounded.kl_divergence:.4g}), "
-        f"perplexity {perplexity:.4g} (source {record.source.perplexity:.4g})"
+        f"{record.release}: KL {kl:.4g}{rounded}, perplexity {perplexity:.4g} (source {record.source.perplexity:.4g})"
     )

@@ -22,7 +22,9 @@ with job(snakemake.log[0]):
         snakemake.params.mtp,
         read_keep(snakemake.input.keep),
     )
+    bits = record.bits_per_quantized_weight
     progress(
         f"{record.release}: {record.bytes / 1e6:.1f} MB in {record.blocks + 1} shards "
-        f"(source {record.source_bytes / 1e6:.1f} MB), {record.bits_per_quantized_weight:.2f} bits a quantized weight"
+        f"(source {record.source_bytes / 1e6:.1f} MB)"
+        + ("" if bits is None else f", {bits:.2f} bits a quantized weight")
     )

@@ -13,5 +13,6 @@ with job(snakemake.log[0]):
     from requant.plots import plot_hidden_states, plot_loss
 
     releases = [load_release(Path(), **subject) for subject in snakemake.params.subjects]
-    plot_loss(snakemake.output.loss, {facts.name: facts.blocks for facts in releases})
-    plot_hidden_states(snakemake.output.hidden_states, {facts.name: facts.evaluate for facts in releases})
+    quantized = [facts for facts in releases if facts.quantized]
+    plot_loss(snakemake.output.loss, {facts.name: facts.blocks for facts in quantized})
+    plot_hidden_states(snakemake.output.hidden_states, {facts.name: facts.evaluate for facts in quantized})

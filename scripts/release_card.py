@@ -17,8 +17,8 @@ with job(snakemake.log[0]):
     commit = git_commit(Path(snakemake.scriptdir).parent)
     pruning = (facts.pruning.keep, facts.pruning.calibration) if facts.pruning else ()
     provenance = collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit, *pruning)
-    pictures = [Path(path).name for path in snakemake.input.saliency]
-    saliency = {facts.name: pictures[0]} if pictures else {}
-    figures = Figures(Path(snakemake.input.loss).name, Path(snakemake.input.hidden_states).name, None, saliency)
+    loss, hidden_states = [Path(picture).name for picture in snakemake.input.pictures] or (None, None)
+    maps = [Path(path).name for path in snakemake.input.saliency]
+    figures = Figures(loss, hidden_states, None, {facts.name: maps[0]} if maps else {})
     write_text(snakemake.output.readme, render_release_card(facts, provenance, figures))
     write_json(snakemake.output.provenance, provenance)

@@ -15,12 +15,15 @@ with job(snakemake.log[0]):
         Path(snakemake.params.source),
         Path(snakemake.input.packed[0]).parent / "model",
         snakemake.wildcards.release,
-        tuple(snakemake.params.limits),
+        tuple(snakemake.params.limits) if snakemake.params.limits else None,
         snakemake.params.samples,
         Path(snakemake.output.record),
         read_keep(snakemake.input.keep),
     )
-    progress(
-        f"{record.release}: {len(record.tensors)} quantized tensors verified, lowest cosine {record.lowest_cosine:.4f} "
-        f"({record.lowest_cosine_tensor}), mean relative MAE {record.mean_relative_mae:.4f}"
-    )
+    if record.tensors:
+        progress(
+            f"{record.release}: {len(record.tensors)} quantized tensors verified, lowest cosine "
+            f"{record.lowest_cosine:.4f} ({record.lowest_cosine_tensor}), "
+            f"mean relative MAE {record.mean_relative_mae:.4f}"
+        )
+    progress(f"{record.release}: {record.unchanged} tensors are the source's, bit for bit")

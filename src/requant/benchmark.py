@@ -250,7 +250,7 @@ def _whole_model(checkpoint: "Checkpoint", device: str) -> tuple[Any, str]:
     from requant.streamed import StreamedModel
 
     scheme = getattr(checkpoint, "scheme", None)
-    if scheme is None:
+    if scheme is None or not scheme.quantizes:
         in_fp8 = fp8.block_size(checkpoint.config) is not None
         arithmetic = "FP8 weights decoded to BF16, BF16 activations" if in_fp8 else "BF16 weights and activations"
         return StreamedModel(checkpoint, device).whole(), arithmetic

@@ -27,6 +27,7 @@ from requant.records import (
     BenchmarkRecord,
     BlockRecord,
     CalibrationRecord,
+    CopiedBlock,
     DeployRecord,
     EvaluateRecord,
     KeepList,
@@ -73,6 +74,7 @@ class ReleaseFacts:
     calibration: CalibrationRecord
     routing: list[RoutingRecord]
     blocks: list[BlockRecord]
+    copied: list[CopiedBlock]
     pack: PackRecord
     verify: VerifyRecord
     evaluate: EvaluateRecord
@@ -81,14 +83,19 @@ class ReleaseFacts:
     source_benchmark: BenchmarkRecord
     pruning: Evidence | None = None
 
+    @property
+    def quantized(self) -> bool:
+        """Whether its scheme quantizes: then it has `blocks`, else `copied` ones."""
+        return SCHEMES[self.pack.scheme].quantizes
+
 
 @dataclass(frozen=True)
 class Figures:
-    """Pictures, as paths from the card's own directory. `experts` is absent where no model has experts; `saliency` has
-    one for each release of a pruned model."""
+    """Pictures, as paths from the card's own directory. `experts` is absent where no model has experts, `loss` and
+    `hidden_states` where no release is quantized; `saliency` has one for each release of a pruned model."""
 
-    loss: str
-    hidden_states: str
+    loss: str | None = None
+    hidden_states: str | None = None
     experts: str | None = None
     saliency: dict[str, str] = field(default_factory=dict)
 
@@ -132,6 +139,8 @@ def load_release(
     naming the file if a record is absent, lacks a field or contradicts another.
     """
     paths = record_paths(release, model, source or model, calibration, blocks, benchmark)
+    packed = read_json(root / paths.pack, PackRecord)
+    quantized = SCHEMES[packed.scheme].quantizes
     facts = ReleaseFacts(
         name=release,
         base_model=base_model,
@@ -141,8 +150,9 @@ def load_release(
         source=read_json(root / paths.source, SourceRecord),
         calibration=read_json(root / paths.calibration, CalibrationRecord),
         routing=[read_json(root / path, RoutingRecord) for path in paths.routing],
-        blocks=[read_json(root / path, BlockRecord) for path in paths.blocks],
-        pack=read_json(root / paths.pack, PackRecord),
+        blocks=[read_json(root / path, BlockRecord) for path in paths.blocks if quantized],
+        copied=[read_json(root / path, CopiedBlock) for path in paths.blocks if not quantized],
+        pack=packed,
         verify=read_json(root / paths.verify, VerifyRecord),
         evaluate=read_json(root / paths.evaluate, EvaluateRecord),
         deploy=read_json(root / paths.deploy, DeployRecord),
@@ -167,10 +177,11 @@ def _check_names(root: Path, facts: ReleaseFacts, model: str, source: str, calib
     _expect(root / paths.calibration, "calibration", facts.calibration.calibration, calibration)
     for number, (path, routing) in enumerate(zip(paths.routing, facts.routing, strict=True)):
         _expect(root / path, "block", routing.block, number)
-    for number, (path, block) in enumerate(zip(paths.blocks, facts.blocks, strict=True)):
+    for number, (path, block) in enumerate(zip(paths.blocks, facts.blocks or facts.copied, strict=True)):
         _expect(root / path, "release", block.release, facts.name)
         _expect(root / path, "block", block.block, number)
         _expect(root / path, "scheme", block.scheme, facts.pack.scheme)
+    for path, block in zip(paths.blocks if facts.quantized else [], facts.blocks, strict=True):
         experts = facts.pack.routed_experts if block.kind == "moe" else 0
         _expect(root / path, "tokens_per_expert: entries", len(block.tokens_per_expert), experts)
         if not block.libraries:
@@ -190,13 +201,18 @@ def _check_names(root: Path, facts: ReleaseFacts, model: str, source: str, calib
 def _check_numbers(root: Path, facts: ReleaseFacts) -> None:
     """Numbers that two records state are the same, and those that the card compares are all there."""
     paths = facts.paths
-    _expect(root / paths.pack, "blocks", facts.pack.blocks, len(facts.blocks))
+    _expect(root / paths.pack, "blocks", facts.pack.blocks, len(paths.blocks))
     heldout = facts.calibration.heldout_set.sha256
     _expect(root / paths.evaluate, "heldout_sha256", facts.evaluate.heldout_sha256, heldout)
-    _expect(root / paths.evaluate, "block_mse: entries", len(facts.evaluate.block_mse), len(facts.blocks))
+    _expect(root / paths.evaluate, "block_mse: entries", len(facts.evaluate.block_mse), len(paths.blocks))
+    measured = ("rounded", "quantized") if facts.quantized else ("quantized",)
     for number, errors in enumerate(facts.evaluate.block_mse):
-        _need(root / paths.evaluate, f"block_mse.{number}", errors, ("rounded", "quantized"))
-    _need(root / paths.verify, "limits", facts.verify.limits, ("cosine", "relative_mae"))
+        _need(root / paths.evaluate, f"block_mse.{number}", errors, measured)
+    if facts.quantized:
+        _need(root / paths.verify, "limits", facts.verify.limits, ("cosine", "relative_mae"))
+        _need(root / paths.evaluate, "rounded", ["rounded"] if facts.evaluate.rounded else [], ["rounded"])
+    elif facts.pack.multi_token_prediction != "dropped":
+        _expect(root / paths.verify, "unchanged", facts.verify.unchanged, facts.verify.source_tensors)
     quantized = sum(len(block.quantized) for block in facts.blocks)
     _expect(root / paths.verify, "tensors: entries", len(facts.verify.tensors), quantized)
     scores = facts.source_benchmark.scores
@@ -318,7 +334,7 @@ class ExpertLoad(NamedTuple):
 
 
 def expert_loads(facts: ReleaseFacts) -> list[ExpertLoad]:
-    """The spread of tokens over experts, for each MoE block."""
+    """The spread of tokens over experts, for each MoE block; in a release in BF16 it is the source model's."""
     return [
         ExpertLoad(
             block.block,
@@ -329,7 +345,7 @@ def expert_loads(facts: ReleaseFacts) -> list[ExpertLoad]:
             max(block.tokens_per_expert),
             block.never_reached,
         )
-        for block in facts.blocks
+        for block in facts.blocks or facts.routing
         if block.kind == "moe"
     ]
 
@@ -417,9 +433,14 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
         ]
     for facts in releases:
         name, paths = facts.name, facts.paths
-        seconds = math.fsum(block.seconds for block in facts.blocks)
+        seconds = math.fsum(block.seconds for block in (*facts.blocks, *facts.copied))
         stages += [
-            Stage(f"Quantize `{name}`", len(facts.blocks), seconds, wording.files(paths.blocks)),
+            Stage(
+                f"Quantize `{name}`" if facts.quantized else f"Copy the blocks of `{name}`",
+                len(paths.blocks),
+                seconds,
+                wording.files(paths.blocks),
+            ),
             Stage(f"Pack `{name}`", 1, facts.pack.seconds, paths.pack),
             Stage(f"Verify `{name}`", 1, facts.verify.seconds, paths.verify),
             Stage(f"Evaluate `{name}`", 1, facts.evaluate.seconds, paths.evaluate),
@@ -456,6 +477,7 @@ def peak_memory(releases: Sequence[ReleaseFacts]) -> int:
         for record in (
             *facts.routing,
             *facts.blocks,
+            *facts.copied,
             facts.evaluate,
             facts.benchmark,
             facts.source_benchmark,
@@ -563,6 +585,8 @@ def scheme_text(name: str) -> str:
     """A number format in words, from its definition."""
     scheme = SCHEMES[name]
     bits, group = scheme.weight_bits, scheme.group_size
+    if not scheme.quantizes:
+        return f"weights as {bits}-bit floats, nothing is quantized"
     if scheme.is_nvfp4:
         return (
             f"weights as {bits}-bit floats (e2m1) in groups of {group}, an FP8 (e4m3) scale for each group "
@@ -572,6 +596,20 @@ def scheme_text(name: str) -> str:
         f"weights as {bits}-bit symmetric integers in groups of {group}, a 16-bit scale for each group; "
         "activations in BF16"
     )
+
+
+def weight_bits(facts: ReleaseFacts) -> str:
+    """Bits that a quantized weight takes; of a release that has none, those of its format."""
+    bits = facts.pack.bits_per_quantized_weight
+    return f"{SCHEMES[facts.pack.scheme].weight_bits} (not quantized)" if bits is None else wording.figure(bits)
+
+
+def made(releases: Sequence[ReleaseFacts]) -> str:
+    """How many releases of which sort: 2 quantized releases and 1 release in BF16."""
+    quantized = sum(facts.quantized for facts in releases)
+    counts = {"quantized release": quantized, "release": len(releases) - quantized}
+    texts = [wording.plural(count, noun) for noun, count in counts.items() if count]
+    return wording.listing(texts) + (" in BF16" if quantized < len(releases) else "")
 
 
 def stored_as(dtypes: dict[str, int]) -> str:
@@ -584,8 +622,8 @@ _FILTERS = (
     wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
-    scheme_text, stored_as, shell_command, rebuild_command, linear_table, tuning_table, lowered, tuned, tuning_effect,
-    pruned_models, kept_shares, rival_table, variant_table, method_text, observe_text,
+    scheme_text, weight_bits, made, stored_as, shell_command, rebuild_command, linear_table, tuning_table, lowered,
+    tuned, tuning_effect, pruned_models, kept_shares, rival_table, variant_table, method_text, observe_text,
     expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
     calibrations, sources,
 )  # fmt: skip
@@ -611,8 +649,10 @@ def metadata(releases: Sequence[ReleaseFacts]) -> ModelCardData:
             ) from None
     licenses = {facts.license for facts in releases}
     one = releases[0] if len(releases) == 1 else None
-    tags = ["requant", "quantized", *dict.fromkeys(SCHEMES[facts.pack.scheme].format for facts in releases)]
-    tags += ["compressed-tensors", *dict.fromkeys(facts.pack.scheme.lower() for facts in releases)]
+    quantized = [facts for facts in releases if facts.quantized]
+    formats = dict.fromkeys(SCHEMES[facts.pack.scheme].format for facts in quantized)
+    tags = ["requant", *(["quantized", *formats, "compressed-tensors"] if quantized else [])]
+    tags += dict.fromkeys(facts.pack.scheme.lower() for facts in releases)
     engines = dict.fromkeys(block.engine for facts in releases for block in facts.blocks)
     tags += [re.sub(r"[ _]", "-", engine) for engine in engines]
     methods = [facts.pruning.keep.method for facts in releases if facts.pruning]
@@ -620,7 +660,7 @@ def metadata(releases: Sequence[ReleaseFacts]) -> ModelCardData:
     tags += ["moe"] if any(facts.pack.moe_blocks for facts in releases) else []
     return ModelCardData(
         base_model=(bases[0] if len(bases) == 1 else bases) or None,
-        base_model_relation="quantized" if bases else None,
+        base_model_relation="quantized" if bases and quantized else None,
         license=licenses.pop() if len(licenses) == 1 else None,
         library_name="transformers",
         pipeline_tag="text-generation",

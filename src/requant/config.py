@@ -239,10 +239,12 @@ class Deploy(Section):
 
 
 class Release(Section):
-    """A quantized checkpoint to be made: what from, in which format, how, and with which checks."""
+    """A checkpoint to be made: what from, in which format, how, and with which checks."""
 
     model: str = Field(description="what from: a name in `models`")
-    scheme: Literal[tuple(SCHEMES)] = Field(description="number format")
+    scheme: Literal[tuple(SCHEMES)] = Field(
+        description="number format; BF16 quantizes nothing: `tuning`, `keep` and `verify` are of no effect"
+    )
     calibration: str = Field("default", description="tokens to tune on: a name in `calibrations`")
     tuning: Tuning = Tuning()
     keep: list[str] = Field(
@@ -437,8 +439,13 @@ def source_name(source: TextSource) -> str:
     return source.name or source.path.rsplit("/", 1)[-1].split(".", 1)[0]
 
 
-def verify_limits(release: Release) -> tuple[float, float]:
-    """(lowest cosine, highest relative MAE) for a release: its own limits, else those of its scheme."""
+def verify_limits(release: Release) -> tuple[float, float] | None:
+    """(lowest cosine, highest relative MAE) for a release: its own limits, else those of its scheme.
+
+    None for BF16: its tensors have to be the source's, bit for bit.
+    """
+    if not SCHEMES[release.scheme].quantizes:
+        return None
     cosine, relative_mae = VERIFY_DEFAULTS[release.scheme]
     return (
         cosine if release.verify.cosine is None else release.verify.cosine,

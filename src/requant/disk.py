@@ -43,9 +43,12 @@ def reference_files(
     return files | dict.fromkeys(states, hidden_bytes(calibration, config["hidden_size"], heldout=True))
 
 
-def chain_files(release: str, calibration: Calibration, config: dict[str, Any]) -> dict[str, int]:
-    """Size of each file of hidden states of the release itself."""
-    own = [f"results/{release}/chain/{block}.safetensors" for block in range(config["num_hidden_layers"])]
+def chain_files(
+    release: str, calibration: Calibration, config: dict[str, Any], quantizes: bool = True
+) -> dict[str, int]:
+    """Size of each file of hidden states of the release itself; one whose scheme does not quantize has none."""
+    blocks = range(config["num_hidden_layers"] if quantizes else 0)
+    own = [f"results/{release}/chain/{block}.safetensors" for block in blocks]
     return dict.fromkeys(own, hidden_bytes(calibration, config["hidden_size"], heldout=False))
 
 

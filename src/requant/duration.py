@@ -15,6 +15,7 @@ from requant.errors import RequantError
 from requant.records import (
     BenchmarkRecord,
     BlockRecord,
+    CopiedBlock,
     DeployRecord,
     EvaluateRecord,
     PackRecord,
@@ -87,12 +88,17 @@ def stages(
 
     name: of the calibration; results: the build's directory of results, where measured jobs are looked for.
     """
-    tuned, tuned_from = quantize_seconds(structure, calibration, scheme, tuning, keep, rates, results)
+    if scheme.quantizes:
+        made_by = "quantize"
+        made, made_from = quantize_seconds(structure, calibration, scheme, tuning, keep, rates, results)
+    else:
+        made_by = "copy_block"
+        made, made_from = copy_seconds(structure, results / release / "blocks")
     chain = results / "reference" / model / name
     walked, walked_from = reference_seconds(structure, calibration, rates, chain)
     found = [
         StagePlan(stage="reference", jobs=structure.blocks, seconds=walked, basis=walked_from),
-        StagePlan(stage="quantize", jobs=structure.blocks, seconds=tuned, basis=tuned_from),
+        StagePlan(stage=made_by, jobs=structure.blocks, seconds=made, basis=made_from),
     ]
     for stage, kind in STAGES.items():
         record = finished(results / release / f"{stage}.json", kind)
@@ -115,6 +121,14 @@ def finished(path: Path, kind: type[Record]) -> Record | None:
         return read_json(path, kind)
     except RequantError:
         return None
+
+
+def copy_seconds(structure: Structure, blocks: Path) -> tuple[float | None, str]:
+    """(seconds of all jobs that copy a block, what they follow from): the records in `blocks` where all are there."""
+    records = [finished(blocks / f"{block}.json", CopiedBlock) for block in range(structure.blocks)]
+    if all(records):
+        return sum(record.seconds for record in records), "measured: their last run"
+    return None, "not known: as long as the disk takes to read the source and to write the release"
 
 
 def quantize_seconds(

@@ -2,7 +2,8 @@
 
 Three models see the same tokens: the source (its hidden states are those of the reference chain), the release as
 shipped (weights decoded from the packed files, activations rounded where the scheme does), and plain rounding of
-the source, iteration 0, which shows what tuning bought. Memory stays one block and a batch of logits.
+the source, iteration 0, which shows what tuning bought; a release in BF16 has no such third. Memory stays one block
+and a batch of logits.
 """
 
 import math
@@ -32,6 +33,9 @@ from requant.records import (
 )
 from requant.routing import observe
 from requant.streamed import StreamedModel
+
+# What a terminal calls the models that are held against the source.
+LABELS = {"rounded": "rounded", "quantized": "as released"}
 
 
 @dataclass
@@ -123,15 +127,15 @@ def evaluate(
     tokens_file = load_file(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
     reference = load_file(hidden[0])["heldout"]
-    chains = {"rounded": Chain(reference), "quantized": Chain(reference)}
+    chains = {"rounded": Chain(reference)} if packed.scheme.quantizes else {}
+    chains["quantized"] = Chain(reference)
     for index in range(original.blocks):
         reference = load_file(hidden[index + 1])["heldout"]
         chains["quantized"].advance(original, shipped.block(index, quantize_activations=True), reference, mask)
-        chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
-        progress(
-            f"{release}: block {index} (of {original.blocks}) evaluated, hidden-state MSE "
-            f"{chains['rounded'].errors[-1]:.3e} rounded, {chains['quantized'].errors[-1]:.3e} tuned"
-        )
+        if "rounded" in chains:
+            chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
+        errors = ", ".join(f"{chain.errors[-1]:.3e} {LABELS[name]}" for name, chain in chains.items())
+        progress(f"{release}: block {index} (of {original.blocks}) evaluated, hidden-state MSE {errors}")
     tallies = tally(original, reference, {name: chain.hidden for name, chain in chains.items()}, tokens, mask)
     quantizes = packed.scheme.quantizes_activations
     record = EvaluateRecord(
@@ -144,12 +148,9 @@ def evaluate(
         activations=f"rounded to {packed.scheme.name}, static tensor scale, dynamic group scales"
         if quantizes
         else "BF16",
-        **{name: found.quality() for name, found in tallies.items()},
+        **{"rounded": None} | {name: found.quality() for name, found in tallies.items()},
         **against_original(original, original_hidden, chains["quantized"].hidden, tokens, mask),
-        block_mse=[
-            {"rounded": rounded, "quantized": quantized}
-            for rounded, quantized in zip(chains["rounded"].errors, chains["quantized"].errors, strict=True)
-        ],
+        block_mse=[{name: chain.errors[index] for name, chain in chains.items()} for index in range(original.blocks)],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
         device=device,

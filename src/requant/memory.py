@@ -37,11 +37,15 @@ def cpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tu
     a_sample = 2 * length * config["hidden_size"]
     states, heldout = calibration.nsamples * a_sample, calibration.heldout.nsamples * a_sample
     passing = max(2 * kind.elements + pass_bytes(structure, kind, calibration) for kind in structure.kinds)
-    tuned = max(quantize_bytes(structure, kind, calibration, scheme, tuning) for kind in structure.kinds)
+    if scheme.quantizes:
+        tuned = max(quantize_bytes(structure, kind, calibration, scheme, tuning) for kind in structure.kinds)
+        made = {"quantize": TUNER_BASE + 3 * states + heldout + tuned}
+    else:
+        made = {"copy_block": BASE + 2 * max(kind.elements for kind in structure.kinds)}
     head = (2 * config["hidden_size"] + LOGIT_BYTES * length) * config["vocab_size"]
     return {
         "reference": BASE + 2 * (states + heldout) + passing,
-        "quantize": TUNER_BASE + 3 * states + heldout + tuned,
+        **made,
         "evaluate": BASE + states + 4 * heldout + max(passing, head),
         "benchmark": BASE + 2 * (structure.parameters - structure.drafting),
     }

@@ -16,17 +16,25 @@ PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_s
 
 
 def scheme_of(config: dict, where: str) -> Scheme:
-    """The scheme that the `quantization_config` of a config.json describes. RequantError if it is none of ours."""
-    quantization = config.get("quantization_config") or {}
+    """The scheme that the `quantization_config` of a config.json describes: BF16 if there is none.
+
+    RequantError if it is none of ours.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return SCHEMES["BF16"]
     try:
         weights = quantization["config_groups"]["group_0"]["weights"]
         wanted = (quantization["format"], weights["num_bits"], weights["group_size"])
     except (KeyError, TypeError):
-        raise RequantError(f"{where}: quantization_config: none found; expected one with config_groups") from None
+        raise RequantError(
+            f"{where}: quantization_config: found without weights in config_groups; expected one of compressed-tensors"
+        ) from None
     for scheme in SCHEMES.values():
-        if (scheme.format, scheme.weight_bits, scheme.group_size) == wanted:
+        if scheme.quantizes and (scheme.format, scheme.weight_bits, scheme.group_size) == wanted:
             return scheme
-    raise RequantError(f"{where}: quantization_config: {wanted}; expected one of {', '.join(SCHEMES)}")
+    known = ", ".join(scheme.name for scheme in SCHEMES.values() if scheme.quantizes)
+    raise RequantError(f"{where}: quantization_config: {wanted}; expected one of {known}")
 
 
 class PackedCheckpoint(Checkpoint):
@@ -46,6 +54,8 @@ class PackedCheckpoint(Checkpoint):
     def index(self) -> dict[str, str]:
         """The shard of each tensor by its source name."""
         shards = {name: self.stored[place.stored] for name, place in self.places.items()}
+        if not self.scheme.quantizes:
+            return shards
         plain = {name: shard for name, shard in shards.items() if name.rpartition(".")[2] not in PARTS}
         return plain | {name: shards[f"{name}_packed"] for name in self.quantized}
 

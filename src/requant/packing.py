@@ -63,7 +63,8 @@ def pack(
     checkpoint, scheme = Checkpoint(source, keep), SCHEMES[scheme_name]
     blocks = checkpoint.config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
-    records = [read_json(blocks_dir / f"{block}.json", BlockRecord) for block in range(blocks)]
+    quantizing = range(blocks if scheme.quantizes else 0)
+    records = [read_json(blocks_dir / f"{block}.json", BlockRecord) for block in quantizing]
     linked = [
         link_or_copy(blocks_dir / f"{block}.safetensors", out / shard_name(block + 1, blocks))
         for block in range(blocks)
@@ -84,7 +85,9 @@ def pack(
     matrices = {name.removesuffix(".weight") for name in outer if outer[name].dim() == 2 and "embed" not in name}
     kept = {name for record in records for name in record.kept} | routers(checkpoint.index.keys() - dropped)
     ignored = sorted({"lm_head"} | matrices | {released_name(name, checkpoint.config) for name in kept})
-    config = release_config(checkpoint.config) | {"quantization_config": quantization_config(scheme, ignored)}
+    config = release_config(checkpoint.config)
+    if scheme.quantizes:
+        config["quantization_config"] = quantization_config(scheme, ignored)
     if dropped:
         config["num_nextn_predict_layers"] = 0
     write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -160,6 +163,7 @@ def _count(
     experts = expert_counts(list(source), blocks)
     packed = [name for name in stored if f"{name.rpartition('.')[0]}.weight" in quantized]
     quantized_parameters = sum(elements(source[name]) for name in quantized)
+    packed_bits = 8 * sum(_bytes(stored[name]) for name in packed)
     per_token = config.get("num_experts_per_tok", 0) if experts else 0
     in_experts: dict[int, int] = {}
     for name, entry in source.items():
@@ -174,7 +178,7 @@ def _count(
         "scheme": scheme,
         "parameters": parameters,
         "quantized_parameters": quantized_parameters,
-        "bits_per_quantized_weight": 8 * sum(_bytes(stored[name]) for name in packed) / max(quantized_parameters, 1),
+        "bits_per_quantized_weight": packed_bits / quantized_parameters if quantized else None,
         "blocks": blocks,
         "dense_blocks": blocks - len(experts),
         "moe_blocks": len(experts),

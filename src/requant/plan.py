@@ -146,7 +146,7 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
     model = subject.pruned(whole)
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     sizes = {name: model.release_size(other, settings.keep, settings.mtp == "drop") for name, other in SCHEMES.items()}
-    if not sizes[scheme.name].quantized:
+    if scheme.quantizes and not sizes[scheme.name].quantized:
         reasons = ", ".join(scheme_plan(sizes[scheme.name]).kept) or "it has none"
         raise RequantError(
             f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
@@ -187,7 +187,9 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         schemes={name: scheme_plan(size) for name, size in sizes.items()},
         disk=disk_plan(subject, model, sizes[scheme.name]),
         cpu_bytes=memory_of_jobs(subject, model, whole),
-        gpu_bytes=None if tuning.device == "cpu" else gpu_bytes(model, calibration, scheme, tuning),
+        gpu_bytes=gpu_bytes(model, calibration, scheme, tuning)
+        if scheme.quantizes and tuning.device != "cpu"
+        else None,
         jobs=jobs([subject], {subject.files_of: source}),
         source_files_known=source.files is not None,
         target=target_plan(subject, model, sizes[scheme.name].files, scheme),
@@ -216,7 +218,7 @@ def scheme_plan(size: ReleaseSize) -> SchemePlan:
         tensor_bytes=size.tensors,
         file_bytes=size.files,
         quantized_parameters=size.quantized,
-        bits_per_quantized_weight=8 * size.packed / max(size.quantized, 1),
+        bits_per_quantized_weight=8 * size.packed / size.quantized if size.quantized else None,
         kept=dict(sorted(kept.items())),
     )
 
@@ -240,7 +242,8 @@ def disk_plan(subject: Subject, model: Structure, size: ReleaseSize) -> DiskPlan
 
 def states(subject: Subject, model: Structure) -> dict[str, int]:
     """Size of each file of tokens and hidden states that the release rests on, or has of its own."""
-    files = chain_files(subject.release, subject.calibration, model.config)
+    quantizes = SCHEMES[subject.settings.scheme].quantizes
+    files = chain_files(subject.release, subject.calibration, model.config, quantizes)
     for walked, name, calibration in subject.chains():
         files |= reference_files(walked, subject.files_of, name, calibration, model.config)
     if subject.prune is not None and subject.prune.observe == "sequential":
@@ -275,7 +278,7 @@ def target_plan(subject: Subject, model: Structure, released: int, scheme: Schem
         memory_bytes=None if target.memory_gb is None else round(target.memory_gb * 1e9),
         problem=problem,
         weights_bytes=weights,
-        weights="packed" if packed else "BF16",
+        weights="packed" if packed and scheme.quantizes else "BF16",
         cache_bytes_per_token=per_token,
         cached_tokens=None if tokens is None else max(0, tokens),
         concurrency=target.concurrency,
@@ -292,12 +295,14 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
     """
     found: Counter[str] = Counter()
     once: set[tuple] = set()
-    moe = False
+    moe, any_quantized = False, False
     for subject in subjects:
         settings, files, source = subject.settings, subject.files_of, sources[subject.files_of]
         blocks, model = source.structure.blocks, settings.model
-        found.update(quantize=blocks)
-        found.update(dict.fromkeys(PER_RELEASE, 1))
+        quantizes = SCHEMES[settings.scheme].quantizes
+        any_quantized = any_quantized or quantizes
+        found.update({"quantize" if quantizes else "copy_block": blocks})
+        found.update([*PER_RELEASE, *(["plot_release"] if quantizes else [])])
         once |= {(source.check, files, name) for name in source.files or ()}
         once |= {("source", files), ("benchmark_source", model, settings.benchmark)}
         for walked, name, calibration in subject.chains():
@@ -307,7 +312,7 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
         once |= pruning_jobs(subject, blocks)
         moe = moe or any(kind.experts for kind in source.structure.kinds)
     found.update(Counter(key[0] for key in once))
-    found.update(["card", "plot_build", "all", *(["plot_experts"] if moe else [])])
+    found.update(["card", "all", *(["plot_build"] if any_quantized else []), *(["plot_experts"] if moe else [])])
     return dict(sorted(found.items()))
 
 
@@ -328,7 +333,7 @@ def pruning_jobs(subject: Subject, blocks: int) -> set[tuple]:
     return found
 
 
-PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "plot_release", "release_card")
+PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "release_card")
 
 
 def texts(calibration: Calibration) -> list[TextSource]:
@@ -402,13 +407,15 @@ def rows(record: PlanRecord) -> dict[str, str]:
     }
     for name, size in record.schemes.items():
         chosen = ", chosen" if name == record.scheme else ""
-        found[f"size in {name}"] = f"{gb(size.file_bytes)}, {size.bits_per_quantized_weight:.2f} bits{chosen}"
+        bits = size.bits_per_quantized_weight
+        bits = "nothing quantized" if bits is None else f"{bits:.2f} bits"
+        found[f"size in {name}"] = f"{gb(size.file_bytes)}, {bits}{chosen}"
     found |= {
         "disk at the peak": gb(disk.peak),
         "  hidden states": gb(disk.reference + disk.chain),
         "  free here": gb(disk.free),
         "largest job, CPU": f"{gb(record.cpu_bytes[largest])}, {largest}",
-        "  tuning a block": gb(record.cpu_bytes["quantize"]),
+        "  a block's job": gb(record.cpu_bytes["quantize" if "quantize" in record.cpu_bytes else "copy_block"]),
         "largest job, GPU": "none" if record.gpu_bytes is None else gb(record.gpu_bytes),
         "jobs": str(sum(record.jobs.values())),
     }
@@ -453,7 +460,8 @@ def remarks(record: PlanRecord) -> list[str]:
         found.append(
             f"{record.release}: {target.target}: {target.context_wanted:,} tokens x {target.concurrency} wanted"
         )
-    found += [f"{record.release}: {count} Linears stay in BF16: {reason}" for reason, count in kept.items()]
+    if SCHEMES[record.scheme].quantizes:
+        found += [f"{record.release}: {count} Linears stay in BF16: {reason}" for reason, count in kept.items()]
     if record.drafting_if_stored:
         found.append(
             f"{record.model}: config.json names a multi-token-prediction layer; if the checkpoint stores it, "

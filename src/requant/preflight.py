@@ -59,7 +59,10 @@ def has_dense_blocks(config: dict[str, Any]) -> bool:
 
 
 def check_group(name: str, release: Release, config: dict[str, Any]) -> None:
-    """Raises RequantError if the scheme's group divides no Linear of the model: nothing would be quantized."""
+    """Raises RequantError if the scheme's group divides no Linear of the model: nothing would be quantized, as meant
+    by BF16 alone."""
+    if not SCHEMES[release.scheme].quantizes:
+        return
     group = SCHEMES[release.scheme].group_size
     found = widths(config)
     if all(width % group for width in found.values()):

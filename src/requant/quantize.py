@@ -67,11 +67,14 @@ def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str
     """(Linears of `block` to quantize, Linears left in BF16 with the reason each), names as `naming` has them.
 
     `prefix` is put before names in the block. A Linear is kept if it is a router, if a pattern of `keep` is found in
-    its name, or if its width is no multiple of the scheme's group.
+    its name, or if its width is no multiple of the scheme's group; all are if the scheme quantizes nothing.
     """
     chosen, kept = [], {}
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear):
+            continue
+        if not scheme.quantizes:
+            kept[prefix + name] = f"scheme {scheme.name} quantizes nothing"
             continue
         always = [reason for pattern, reason in ALWAYS_KEPT.items() if re.search(pattern, prefix + name)]
         asked = [pattern for pattern in keep if re.search(pattern, prefix + name)]

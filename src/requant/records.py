@@ -168,6 +168,17 @@ class BlockRecord(Record):
     libraries: dict[str, str] = Field(description="versions of the libraries that the bytes depend on")
 
 
+class CopiedBlock(Record):
+    """results/{release}/blocks/{block}.json of a release in BF16, whose blocks are the source's."""
+
+    release: str
+    block: int
+    scheme: str
+    tensors: int = Field(description="by their names in the release: one for each expert and projection")
+    seconds: float
+    peak_memory_bytes: int = Field(description="largest resident memory of the process")
+
+
 class PackRecord(Record):
     """results/{release}/pack.json: counted from the tensors of the packed checkpoint."""
 
@@ -179,7 +190,7 @@ class PackRecord(Record):
     source_bytes: int = Field(description="of all shards of the source")
     parameters: int = Field(description="of the model that the checkpoint stands for")
     quantized_parameters: int
-    bits_per_quantized_weight: float = Field(description="scales included")
+    bits_per_quantized_weight: float | None = Field(description="scales included; null if nothing is quantized")
     blocks: int
     dense_blocks: int
     moe_blocks: int
@@ -204,23 +215,26 @@ class TensorCheck(Record):
 
 
 class VerifyRecord(Record):
-    """results/{release}/verify.json: decoded weights against the source."""
+    """results/{release}/verify.json: the release against the source. Null are figures that need quantized weights."""
 
     release: str
     scheme: str
-    limits: dict[str, float] = Field(description="cosine (lowest allowed) and relative_mae (highest allowed)")
-    tensors: dict[str, TensorCheck]
-    unchanged: int = Field(description="tensors equal to the source bit for bit")
+    limits: dict[str, float] = Field(
+        description="of quantized weights: cosine (lowest allowed) and relative_mae (highest allowed)"
+    )
+    tensors: dict[str, TensorCheck] = Field(description="quantized weights, decoded and compared with the source")
+    unchanged: int = Field(description="tensors that are not quantized, and equal to the source")
+    unchanged_means: str = Field(description="what they were held against, and how")
     source_tensors: int = Field(description="tensors of the source, each accounted for once")
-    lowest_cosine: float
-    lowest_cosine_tensor: str
-    highest_relative_mae: float
-    mean_cosine: float
-    mean_relative_mae: float
-    mean_sqnr_db: float
+    lowest_cosine: float | None
+    lowest_cosine_tensor: str | None
+    highest_relative_mae: float | None
+    mean_cosine: float | None
+    mean_relative_mae: float | None
+    mean_sqnr_db: float | None
     codes_rederived: int = Field(description="tensors whose codes came out bit for bit from decoded weights and scales")
     scale_groups: int = Field(description="fused groups whose global scales are equal")
-    public_decoder: str
+    public_decoder: str | None
     public_decoder_tensors: int = Field(description="tensors that the public decoder decoded to the same values")
     seconds: float
 
@@ -243,8 +257,8 @@ class EvaluateRecord(Record):
     heldout_sha256: str
     activations: str = Field(description="how activations of the quantized Linears were treated")
     source: ModelQuality
-    rounded: ModelQuality = Field(description="plain rounding, iterations 0")
-    quantized: ModelQuality
+    rounded: ModelQuality | None = Field(description="plain rounding, iterations 0; null if nothing is quantized")
+    quantized: ModelQuality = Field(description="the release")
     original: ModelQuality | None = Field(
         None, description="the model that `model` is pruned from, against itself; null if it is not pruned"
     )
@@ -252,7 +266,7 @@ class EvaluateRecord(Record):
         None, description="the release against that model: what pruning and quantization cost together"
     )
     block_mse: list[dict[str, float]] = Field(
-        description="by block: mean squared error of the hidden states, `rounded` and `quantized`"
+        description="by block: mean squared error of the hidden states, `quantized` and, where there is one, `rounded`"
     )
     seconds: float
     peak_memory_bytes: int
@@ -345,7 +359,7 @@ class SchemePlan(Record):
     tensor_bytes: int = Field(description="of the values of all tensors; exact")
     file_bytes: int = Field(description="of all shards, headers included; exact")
     quantized_parameters: int
-    bits_per_quantized_weight: float = Field(description="scales included")
+    bits_per_quantized_weight: float | None = Field(description="scales included; null if nothing is quantized")
     kept: dict[str, int] = Field(description="Linears left in BF16 by the reason, counted")
 
 

@@ -4,6 +4,7 @@ NVFP4: 4-bit floats (e2m1) in groups of 16 with an FP8 (e4m3) scale a group and 
 weights and activations (compressed-tensors `nvfp4-pack-quantized`).
 W<bits>A16: symmetric integers in groups of 128 with one 16-bit scale a group, activations in BF16
 (compressed-tensors `pack-quantized`).
+BF16: nothing is quantized; every tensor is the source's, an FP8 one decoded to BF16.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scheme:
-    """One number format. `group_size` counts weights along the input dimension; 16 activation bits mean BF16."""
+    """One number format. `group_size` counts weights along the input dimension; 16 bits mean BF16.
+
+    format: what compressed-tensors calls it; None where nothing is quantized.
+    """
 
     name: str
-    format: str
+    format: str | None
     weight_bits: int
     group_size: int
     activation_bits: int
+
+    @property
+    def quantizes(self) -> bool:
+        return self.weight_bits < 16
 
     @property
     def quantizes_activations(self) -> bool:
@@ -35,5 +43,6 @@ SCHEMES = {
         Scheme("W3A16", "pack-quantized", 3, 128, 16),
         Scheme("W4A16", "pack-quantized", 4, 128, 16),
         Scheme("W8A16", "pack-quantized", 8, 128, 16),
+        Scheme("BF16", None, 16, 1, 16),
     )
 }

@@ -21,9 +21,9 @@ INTEGER_BITS = (4, 8)
 def unsupported(scheme: Scheme, target: Target) -> str | None:
     """Why the engine of `target` refuses releases of `scheme`; None if it serves them.
 
-    `transformers` serves all of them: what it can't compute is decoded to BF16 first.
+    `transformers` serves all of them: what it can't compute is decoded to BF16 first. All engines serve BF16.
     """
-    if target.engine == "transformers":
+    if target.engine == "transformers" or not scheme.quantizes:
         return None
     if scheme.is_nvfp4 and int(target.gpu.removeprefix("sm")) < FIRST_FP4_ARCHITECTURE:
         return (

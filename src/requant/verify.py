@@ -1,7 +1,8 @@
 """Verification: every tensor of a packed release decoded from its bytes and held against the source.
 
 The decoder (decode.py) shares nothing with the encoder. Codes are then re-derived from the decoded weights and the
-stored scales and must come out bit for bit; compressed-tensors decodes a sample to the same values.
+stored scales and must come out bit for bit; compressed-tensors decodes a sample to the same values. What is not
+quantized, in a release in BF16 everything, must have the bits of the source.
 """
 
 import math
@@ -21,6 +22,12 @@ from requant.jobs import progress
 from requant.packed import PackedCheckpoint, decode_parts
 from requant.records import KeepList, TensorCheck, VerifyRecord, write_json
 from requant.schemes import Scheme
+
+UNCHANGED_MEANS = (
+    "the same bits as in the source as requant reads it: BF16 and F32 as stored there; an FP8 weight decoded, each "
+    "e4m3 value times the factor of its block, in float32, and rounded once to BF16; a router's correction bias may be "
+    "stored wider, in F32"
+)
 
 
 def compare(source: np.ndarray, decoded: np.ndarray) -> tuple[float, float, float]:
@@ -63,12 +70,12 @@ def verify(
     source: Path,
     packed_dir: Path,
     release: str,
-    limits: tuple[float, float],
+    limits: tuple[float, float] | None,
     samples: int,
     out_record: Path,
     keep: KeepList | None = None,
 ) -> VerifyRecord:
-    """Checks the release in `packed_dir` against `source`. `limits`: lowest cosine, highest relative MAE.
+    """Checks the release in `packed_dir` against `source`. `limits`: lowest cosine, highest relative MAE; None: BF16.
 
     keep: the experts that a pruned model has of the source; the release is checked against those.
 
@@ -98,26 +105,21 @@ def verify(
                 check_unchanged(name, tensor, packed)
                 unchanged += 1
         if block is not None:
-            progress(f"{release}: block {block} (of {blocks}) verified, {len(checks)} quantized tensors so far")
+            so_far = f"{len(checks)} quantized tensors" if scheme.quantizes else f"{unchanged} tensors"
+            progress(f"{release}: block {block} (of {blocks}) verified, {so_far} so far")
     groups = check_groups(sorted(quantized), scales, blocks) if scheme.is_nvfp4 else 0
-    worst = min(checks, key=lambda name: checks[name].cosine)
-    count = len(checks)
     record = VerifyRecord(
         release=release,
         scheme=scheme.name,
-        limits={"cosine": limits[0], "relative_mae": limits[1]},
+        limits={"cosine": limits[0], "relative_mae": limits[1]} if scheme.quantizes else {},
         tensors=checks,
         unchanged=unchanged,
+        unchanged_means=UNCHANGED_MEANS,
         source_tensors=len(original.index),
-        lowest_cosine=checks[worst].cosine,
-        lowest_cosine_tensor=worst,
-        highest_relative_mae=max(check.relative_mae for check in checks.values()),
-        mean_cosine=sum(check.cosine for check in checks.values()) / count,
-        mean_relative_mae=sum(check.relative_mae for check in checks.values()) / count,
-        mean_sqnr_db=sum(check.sqnr_db for check in checks.values()) / count,
-        codes_rederived=count,
+        **summary(checks),
+        codes_rederived=len(checks),
         scale_groups=groups,
-        public_decoder=f"compressed-tensors {version('compressed-tensors')}",
+        public_decoder=f"compressed-tensors {version('compressed-tensors')}" if scheme.quantizes else None,
         public_decoder_tensors=len(chosen),
         seconds=time.monotonic() - start,
     )
@@ -125,13 +127,30 @@ def verify(
     return record
 
 
+def summary(checks: dict[str, TensorCheck]) -> dict[str, float | str | None]:
+    """The figures of a VerifyRecord over all quantized weights; None each if there are none."""
+    figures = ("lowest_cosine", "lowest_cosine_tensor", "highest_relative_mae")
+    means = {"mean_cosine": "cosine", "mean_relative_mae": "relative_mae", "mean_sqnr_db": "sqnr_db"}
+    if not checks:
+        return dict.fromkeys((*figures, *means))
+    worst = min(checks, key=lambda name: checks[name].cosine)
+    highest = max(check.relative_mae for check in checks.values())
+    return dict(zip(figures, (checks[worst].cosine, worst, highest), strict=True)) | {
+        mean: sum(getattr(check, figure) for check in checks.values()) / len(checks) for mean, figure in means.items()
+    }
+
+
 def account(original: Checkpoint, packed: PackedCheckpoint, blocks: int) -> set[str]:
     """Raises RequantError unless every tensor of the source stands once in the release, and nothing else does.
 
     Tensors of multi-token prediction may all be left out, if config.json says so: they are returned.
     """
-    if not packed.quantized:
+    if packed.scheme.quantizes and not packed.quantized:
         raise RequantError(f"{packed.directory}: no quantized tensor; expected Linears in {packed.scheme.name}")
+    if packed.quantized and not packed.scheme.quantizes:
+        raise RequantError(
+            f"{packed.directory}: {packed.quantized[0]} is quantized; expected a quantization_config in config.json"
+        )
     both = [name for name in packed.quantized if name in packed.places]
     if both:
         raise RequantError(f"{packed.directory}: {both[0]} stands there twice, quantized and as it is; expected once")
@@ -195,10 +214,17 @@ def check_public(name: str, parts: dict[str, torch.Tensor], scheme: Scheme) -> N
 
 
 def check_unchanged(name: str, source: torch.Tensor, packed: PackedCheckpoint) -> None:
-    """Raises RequantError unless a tensor that was not quantized equals the source's, in BF16, bit for bit."""
+    """Raises RequantError unless a tensor that was not quantized has the bits of the source's (UNCHANGED_MEANS)."""
     stored = packed.read([name])[name]
-    if not torch.equal(stored, source.to(stored.dtype)):
+    if stored.shape != source.shape:
+        raise RequantError(f"{name}: shape {list(stored.shape)} found; the source has {list(source.shape)}")
+    if not (same_bits(stored, source.to(stored.dtype)) and same_bits(stored.to(source.dtype), source)):
         raise RequantError(f"{name}: differs from the source; expected the same bytes, it is not quantized")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype have the same bytes."""
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def check_groups(quantized: list[str], scales: dict[str, float], blocks: int) -> int:

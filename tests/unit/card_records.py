@@ -11,7 +11,7 @@ from requant.saliency import table_of, write_table
 EXPERTS = 16
 RELEASE = {"model": "alpha", "calibration": "default", "blocks": 6, "benchmark": "default"}
 BASE = {"base_model": "some-org/alpha", "license": "mit"}
-NVFP4, W3A16 = "alpha-nvfp4", "alpha-w3a16"
+NVFP4, W3A16, BF16 = "alpha-nvfp4", "alpha-w3a16", "alpha-bf16"
 
 
 def sha(seed) -> str:
@@ -217,6 +217,7 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "limits": {"cosine": 0.985, "relative_mae": 0.14},
             "tensors": checks,
             "unchanged": 117,
+            "unchanged_means": "the same bits",
             "source_tensors": 117 + len(names),
             "lowest_cosine": checks[names[-1]]["cosine"],
             "lowest_cosine_tensor": names[-1],
@@ -318,6 +319,28 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "seconds": 33.7,
         },
     )
+
+
+def make_copied(root: Path) -> None:
+    """Writes the records of a release of the same model in BF16."""
+    make_records(root, BF16, "BF16", seed=2)
+    folder = f"results/{BF16}"
+    for block in range(RELEASE["blocks"]):
+        record = {"release": BF16, "block": block, "scheme": "BF16", "tensors": 31 + block, "seconds": 3.21 + block}
+        write(root, f"{folder}/blocks/{block}.json", record | {"peak_memory_bytes": 1_301_000_000 + block})
+    tensors = json.loads((root / folder / "verify.json").read_text())["source_tensors"]
+    none = ("lowest_cosine", "lowest_cosine_tensor", "highest_relative_mae", "mean_cosine", "mean_relative_mae")
+    none += ("mean_sqnr_db", "public_decoder")
+    zero = dict.fromkeys(("codes_rederived", "scale_groups", "public_decoder_tensors"), 0)
+    checked = dict.fromkeys(none) | zero | {"limits": {}, "tensors": {}, "unchanged": tensors}
+    change(root, f"{folder}/verify.json", lambda data: data.update(checked))
+    packed = {"quantized_parameters": 0, "bits_per_quantized_weight": None, "bytes": 9_423_001}
+    change(root, f"{folder}/pack.json", lambda data: data.update(packed))
+    same = {"kl_divergence": 0.0, "kl_divergence_stderr": 0.0, "top1_agreement": 1.0}
+    measured = {"rounded": None, "block_mse": [{"quantized": 0.0}] * RELEASE["blocks"], "activations": "BF16"}
+    change(root, f"{folder}/evaluate.json", lambda data: data.update(measured, quantized=data["source"] | same))
+    served = {"weights": "the packed checkpoint as it is", "why_decoded": None}
+    change(root, f"{folder}/deploy.json", lambda data: data.update(served))
 
 
 def load(root: Path, release=NVFP4, **changes) -> ReleaseFacts:

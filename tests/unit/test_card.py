@@ -15,12 +15,14 @@ import jinja2
 import pytest
 import yaml
 from card_records import (
+    BF16,
     NVFP4,
     PRUNED,
     RELEASE,
     W3A16,
     change,
     load,
+    make_copied,
     make_pruned_release,
     make_records,
     provenance_of,
@@ -463,13 +465,18 @@ def supported_numbers(root: Path, names: list[str]) -> set[str]:
         values += [pack["bytes"] / pack["source_bytes"], pack["quantized_parameters"] / pack["parameters"]]
         values += [len(verify["tensors"]), len(blocks), math.fsum(block["seconds"] for block in blocks)]
         values += [len(records[f"results/{name}/deploy.json"]["answers"])]
-        values += [1 - block["loss_best"] / block["loss_initial"] for block in blocks]
-        values += [1 - evaluate["quantized"]["kl_divergence"] / evaluate["rounded"]["kl_divergence"]]
-        for block in blocks:
+        tuned = [block for block in blocks if "losses" in block]
+        values += [1 - block["loss_best"] / block["loss_initial"] for block in tuned]
+        if tuned:
+            values += [1 - evaluate["quantized"]["kl_divergence"] / evaluate["rounded"]["kl_divergence"]]
+        routing = [
+            records[f"results/reference/{pack['model']}/default/routing_{block}.json"] for block in range(len(blocks))
+        ]
+        for block in tuned or routing:
             load = block["tokens_per_expert"]
             values += [len(load), *((min(load), max(load), statistics.median(load)) if load else ())]
         for kind in ("quantized", "kept"):
-            values += Counter(card.linear_pattern(linear) for block in blocks for linear in block[kind]).values()
+            values += Counter(card.linear_pattern(linear) for block in tuned for linear in block[kind]).values()
     return {form for value in values for form in forms(value)}
 
 
@@ -623,6 +630,87 @@ def test_without_a_hub_name_no_base_model_is_claimed(root):
 def test_a_base_model_that_the_hub_could_not_take_is_an_error(root):
     with pytest.raises(RequantError, match="config: models.alpha.base_model: 'a/b/c'; expected org/name"):
         release_text(root, base_model="a/b/c")
+
+
+# Releases in BF16
+
+
+@pytest.fixture
+def copied(root):
+    make_copied(root)
+    return root
+
+
+def test_a_release_in_bf16_is_nowhere_called_quantized(copied):
+    text = release_text(copied, BF16)
+    said = ("nothing is quantized", "not quantized")
+    assert all(words in text for words in said)
+    for words in said:
+        text = text.replace(words, "")
+    assert re.findall(".*quantiz.*", text, re.IGNORECASE) == []
+    assert "plain rounding" not in text and "Loss by depth" not in text and ".png" not in text
+    assert "What is quantized" not in text and "What tuning bought" not in text and "held out of tuning" not in text
+    data = ModelCard(release_text(copied, BF16)).data.to_dict()
+    assert data["tags"] == ["requant", "bf16", "moe"] and "base_model_relation" not in data
+
+
+def test_a_release_in_bf16_says_what_was_compared(copied):
+    text = release_text(copied, BF16)
+    tensors = json.loads((copied / f"results/{BF16}/verify.json").read_text())["source_tensors"]
+    verified = section(text, "Verification")
+    assert f"All {tensors} tensors of `{BF16}` were read back and compared, bit for bit, with" in verified
+    assert f"those of the source, {tensors}. The build fails if one differs" in verified
+    assert "A tensor that is not quantized has to have the same bits." in verified
+    assert f"{tensors} of the source's {tensors} tensors are in the release bit for bit." in section(text, "Weights")
+    assert "some-org/alpha in BF16: weights as 16-bit floats, nothing is quantized." in text
+    assert f"| `{BF16}` | BF16, this release | 0 | 100.0% |" in section(text, "Quality")
+    assert "was not tuned: its tensors are the source's" in section(text, "Recipe")
+    assert row(section(text, "Wall time"), f"Copy the blocks of `{BF16}`")[0] == "6"
+
+
+def test_experts_of_a_release_in_bf16_are_the_sources(copied):
+    change(copied, "results/reference/alpha/default/routing_3.json", put("never_reached", [5]))
+    experts = section(release_text(copied, BF16), "Experts")
+    assert "Experts never reached: block 3: 5." in experts and "can't be tuned" not in experts
+    assert "results/reference/alpha/default/" in experts
+
+
+def test_a_build_may_hold_both(copied):
+    releases = [load(copied, name) for name in (NVFP4, BF16)]
+    text = render_card(releases, [provenance_of(facts) for facts in releases], Figures("l.png", "h.png", "e.png"))
+    assert "1 quantized release and 1 release in BF16 of some-org/alpha" in text
+    assert row(section(text, "Specification"), "Bits a quantized weight, scales included")[1] == "16 (not quantized)"
+    for title in ("Loss by depth", "What tuning bought"):
+        part = text.split(title, 1)[1].split("\n## ", 1)[0]
+        assert BF16 not in part.split("Measured on", 1)[0], title
+    assert section(text, "Verification").count(f"`{BF16}`") == 1
+    assert len(row(section(text, "Verification"), "Lowest cosine similarity")) == 1
+    assert len(row(section(text, "Recipe"), "`iters`")) == 1
+    data = ModelCard(text).data
+    assert data.base_model_relation == "quantized" and {"quantized", "bf16", "nvfp4"} <= set(data.tags)
+    assert unsupported_numbers(text, supported_numbers(copied, [NVFP4, BF16])) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "edit", "key"),
+    [
+        ("blocks/2.json", put("block", 3), "block"),
+        ("blocks/2.json", put("losses", []), "losses"),
+        ("verify.json", put("unchanged", 5), "unchanged"),
+        ("verify.json", put("tensors", {"x": {"block": 0, "cosine": 1, "relative_mae": 0, "sqnr_db": 9}}), "tensors"),
+        ("evaluate.json", lambda data: data["block_mse"][1].clear(), "block_mse.1.quantized"),
+    ],
+)
+def test_records_of_a_release_in_bf16_that_contradict_each_other_are_an_error(copied, path, edit, key):
+    change(copied, f"results/{BF16}/{path}", edit)
+    with pytest.raises(RequantError, match=re.escape(f"results/{BF16}/{path}: {key}")):
+        load(copied, BF16)
+
+
+def test_a_quantized_release_without_its_plain_rounding_is_an_error(root):
+    change(root, f"results/{NVFP4}/evaluate.json", put("rounded", None))
+    with pytest.raises(RequantError, match=f"results/{NVFP4}/evaluate.json: rounded"):
+        load(root)
 
 
 # Dense models, bytes, pictures

@@ -146,6 +146,7 @@ def test_the_reason_for_decoding_fits_the_model():
     assert "mixture-of-experts" in moe and "48371" in moe and moe.endswith(dense)
     assert deploy.why_decoded("pack-quantized", True, Target()) is None
     assert deploy.why_decoded("pack-quantized", True, Target(weights="decoded")) == deploy.WHY_ASKED
+    assert deploy.why_decoded(None, True, Target(weights="decoded")) is None, "BF16 is decoded already"
 
 
 def test_every_served_token_is_the_chains_own(served, packed):

@@ -51,6 +51,11 @@ def test_transformers_serves_every_scheme():
     assert [unsupported(scheme, Target()) for scheme in SCHEMES.values()] == [None] * len(SCHEMES)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_every_engine_serves_bf16(engine):
+    assert unsupported(SCHEMES["BF16"], gpu(engine, "sm80")) is None
+
+
 def test_the_deploy_stage_refuses_engines_that_it_cannot_start():
     check_deployable("r", "cpu-transformers", Target())
     with pytest.raises(RequantError, match=r"releases\.r\.deploy\.target: 'x' has engine sglang; .*results/r/evaluate"):
@@ -99,6 +104,7 @@ def test_cached_tokens_are_what_is_left_beside_the_weights():
 def test_a_group_that_divides_no_width_is_refused_with_the_widths():
     narrow = DENSE | {"hidden_size": 96, "head_dim": 12, "intermediate_size": 160}
     check_group("r", Release(model="m", scheme="NVFP4"), narrow)
+    check_group("r", Release(model="m", scheme="BF16"), narrow | {"hidden_size": 97})
     with pytest.raises(RequantError) as raised:
         check_group("r", Release(model="m", scheme="W4A16"), narrow)
     assert str(raised.value) == (

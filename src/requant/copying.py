@@ -1,0 +1,45 @@
+"""One block of a release in BF16: the source's tensors as they are read, under the names that a release has.
+
+Nothing is tuned or run: neither calibration tokens nor the reference chain are needed to pack such a release.
+"""
+
+import time
+from pathlib import Path
+
+from requant.checkpoint import Checkpoint
+from requant.jobs import peak_memory_bytes, progress
+from requant.naming import released_name
+from requant.records import CopiedBlock, KeepList, write_json
+from requant.safetensors_io import save
+from requant.streamed import StreamedModel
+
+
+def copy_block(
+    source: Path,
+    release: str,
+    block: int,
+    scheme: str,
+    out_block: Path,
+    out_record: Path,
+    keep: KeepList | None = None,
+) -> CopiedBlock:
+    """Writes the tensors of block `block` of the model in `source`, and their record.
+
+    keep: the experts that a pruned model has of the source. FP8 weights are decoded to BF16; stacked experts become
+    tensors of their own. Raises RequantError naming the tensors that the block lacks or has too many.
+    """
+    start = time.monotonic()
+    model, prefix = StreamedModel(Checkpoint(source, keep)), f"model.layers.{block}."
+    tensors = model.block(block).state_dict()
+    save(out_block, {released_name(prefix + name, model.checkpoint.config): t for name, t in tensors.items()})
+    record = CopiedBlock(
+        release=release,
+        block=block,
+        scheme=scheme,
+        tensors=len(tensors),
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    write_json(out_record, record)
+    progress(f"{release} block {block} (of {model.blocks}): {len(tensors)} tensors, {record.seconds:.0f} s")
+    return record
