@@ -782,6 +782,7 @@ def plan_subject(release):
         "target": CONFIG.targets[settings.deploy.target].model_dump(mode="json"),
         "source": source_dir(settings.model),
         "lock": lock_file(settings.model),
+        "device": CONFIG.device,
         "repository": (
             repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
         ),

@@ -23,6 +23,7 @@ with job(snakemake.log[0]):
             found["pruned_from"],
             found["prune"] and Prune.model_validate(found["prune"]),
             found["observed"] and Calibration.model_validate(found["observed"]),
+            found["device"],
         )
         for found in snakemake.params.subjects
     ]

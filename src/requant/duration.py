@@ -65,7 +65,7 @@ class Rates:
 
 
 def read_rates(path: str | Path, device: str) -> Rates:
-    """The rates for tuning on `device`, from the file that benchmarks/rates.py writes."""
+    """The rates of jobs on `device`, from the file that benchmarks/rates.py writes."""
     try:
         return Rates(**json.loads(Path(path).read_text(encoding="utf-8"))["cpu" if device == "cpu" else "gpu"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -82,11 +82,13 @@ def stages(
     tuning: Tuning,
     keep: list[str],
     rates: Rates,
+    chain_rates: Rates,
     results: Path,
 ) -> list[StagePlan]:
     """The stages of a build of `release` with the seconds of all their jobs, one job after another.
 
-    name: of the calibration; results: the build's directory of results, where measured jobs are looked for.
+    name: of the calibration; rates: of the device that tunes, chain_rates: of that of the reference chain; results:
+    the build's directory of results, where measured jobs are looked for.
     """
     if scheme.quantizes:
         made_by = "quantize"
@@ -95,7 +97,7 @@ def stages(
         made_by = "copy_block"
         made, made_from = copy_seconds(structure, results / release / "blocks")
     chain = results / "reference" / model / name
-    walked, walked_from = reference_seconds(structure, calibration, rates, chain)
+    walked, walked_from = reference_seconds(structure, calibration, chain_rates, chain)
     found = [
         StagePlan(stage="reference", jobs=structure.blocks, seconds=walked, basis=walked_from),
         StagePlan(stage=made_by, jobs=structure.blocks, seconds=made, basis=made_from),
@@ -113,6 +115,25 @@ def observation(
     """The passes of a whole model for its pruning: its reference chain, on the calibration called `name`."""
     seconds, basis = reference_seconds(structure, calibration, rates, results / "reference" / model / name)
     return StagePlan(stage="observe", jobs=structure.blocks, seconds=seconds, basis=basis)
+
+
+def seconds_on(devices: int, stages: list[StagePlan], inputs: str) -> float | None:
+    """Seconds of a release's passes and quantize jobs on so many equal devices; None where one is not known.
+
+    The reference chain is one block after another, and a block is tuned when it has passed. With `inputs: reference`
+    blocks are tuned side by side; with `quantized` one after another too, and a second device runs the chain ahead.
+    """
+    found = {stage.stage: stage for stage in stages if stage.stage in ("observe", "reference", "quantize")}
+    if "quantize" not in found or any(stage.seconds is None for stage in found.values()):
+        return None
+    observed = found["observe"].seconds if "observe" in found else 0.0
+    chain, tuned = found["reference"].seconds, found["quantize"].seconds
+    if devices == 1:
+        return observed + chain + tuned
+    last = tuned / found["quantize"].jobs
+    if inputs == "quantized":
+        return observed + max(chain + last, chain / found["reference"].jobs + tuned)
+    return observed + max(chain + last, (chain + tuned) / devices)
 
 
 def finished(path: Path, kind: type[Record]) -> Record | None:
@@ -164,8 +185,8 @@ def quantize_seconds(
         return total, f"measured: {jobs} such jobs in results/"
     share = f"{measured} of {structure.blocks} blocks measured; " if measured else ""
     return total, (
-        f"model: {share}tuning on {rates.machine} ({rates.source}); {100 * passes / total:.0f} % of it passes on the "
-        f"CPU ({rates.pass_machine})"
+        f"model: {share}tuning on {rates.machine} ({rates.source}); {100 * passes / total:.0f} % of it passes on "
+        f"{rates.pass_machine}; reading and writing files not counted"
     )
 
 
@@ -218,7 +239,7 @@ def modelled_seconds(
     if tuning.iters and tuning.judges_by_samples:
         batches = -(-calibration.nsamples // batch)
         seconds += 2 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
-    return seconds, PASSES * everything * rates.pass_operation
+    return rates.start + seconds, PASSES * everything * rates.pass_operation
 
 
 def reference_seconds(structure: Structure, calibration: Calibration, rates: Rates, chain: Path) -> tuple[float, str]:
@@ -230,4 +251,4 @@ def reference_seconds(structure: Structure, calibration: Calibration, rates: Rat
     work = sum(
         len(kind.blocks) * pass_work(kind, structure.config, tokens, calibration.seqlen) for kind in structure.kinds
     )
-    return work * rates.pass_operation, f"model: matrix products alone, on the CPU ({rates.pass_machine})"
+    return work * rates.pass_operation, f"model: on {rates.pass_machine}; reading and writing files not counted"

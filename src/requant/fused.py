@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from requant.architecture import fused_groups
+from requant.architecture import NEVER_TUNED, fused_groups
 from requant.attention import attention_chosen
 from requant.blocks import Experts
 from requant.config import Tuning
@@ -370,9 +370,9 @@ def peak_bytes(block: nn.Module, tokens: int, choices: int, scheme: Scheme, iter
     a_weight = 2 + whole + 1 + ((1 if scheme.is_nvfp4 else 2) * whole + 2) / scheme.group_size
     experts = next((module for module in block.modules() if isinstance(module, Experts)), None)
     routed = set() if experts is None else {linear for linear in experts.modules() if isinstance(linear, nn.Linear)}
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    weights = sum(linear.weight.numel() for linear in linears)
-    dense = [linear for linear in linears if linear not in routed]
+    named = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    weights = sum(linear.weight.numel() for linear in named.values())
+    dense = [linear for name, linear in named.items() if linear not in routed and not NEVER_TUNED.search(f".{name}")]
     elements = DENSE_ACTIVATIONS * tokens * sum(linear.in_features + linear.out_features for linear in dense)
     stacks = [linear.weight.numel() for linear in dense]
     if experts is not None:

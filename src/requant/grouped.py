@@ -1,5 +1,6 @@
 """The routed experts of a block in three grouped products: a pass of a block, whatever the number of experts."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Grouped:
             _move(expert.gate_proj, self.gate_up[number, :inner])
             _move(expert.up_proj, self.gate_up[number, inner:])
             _move(expert.down_proj, self.down[number])
-        self._observers: dict[int, Callable[[Rows], None]] = {}
+        self._observers: OrderedDict[int, Callable[[Rows], None]] = OrderedDict()
 
     def watch(self, observer: Callable[[Rows], None]) -> RemovableHandle:
         """Lets `observer` see the `Rows` of every pass, until the handle is removed."""

@@ -15,7 +15,7 @@ from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.deploy import why_decoded
 from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
-from requant.duration import observation, read_rates, stages
+from requant.duration import observation, read_rates, seconds_on, stages
 from requant.errors import RequantError
 from requant.locks import check_stored, load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
@@ -35,6 +35,7 @@ class Subject:
     of its `download.HubModel` if it is from the hub.
 
     pruned_from: the model that this directory is of, if the release's is pruned, by `prune`, as observed on `observed`.
+    device: what models run on outside of tuning.
     """
 
     release: str
@@ -47,6 +48,7 @@ class Subject:
     pruned_from: str | None = None
     prune: Prune | None = None
     observed: Calibration | None = None
+    device: str = "cpu"
 
     @property
     def files_of(self) -> str:
@@ -152,11 +154,11 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
             f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
         )
     moe = [kind for kind in model.kinds if kind.experts]
-    rates = read_rates(rates_path, tuning.device)
+    rates, chain_rates = (read_rates(rates_path, device) for device in (tuning.device, subject.device))
     observed = []
     if subject.prune is not None:
         chain = (subject.observed, subject.pruned_from, subject.prune.calibration)
-        observed.append(observation(whole, *chain, rates, results))
+        observed.append(observation(whole, *chain, chain_rates, results))
     found_stages = stages(
         model,
         subject.release,
@@ -167,8 +169,10 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         tuning,
         settings.keep,
         rates,
+        chain_rates,
         results,
     )
+    every_stage = [*observed, *found_stages]
     return PlanRecord(
         release=subject.release,
         model=settings.model,
@@ -193,7 +197,8 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         jobs=jobs([subject], {subject.files_of: source}),
         source_files_known=source.files is not None,
         target=target_plan(subject, model, sizes[scheme.name].files, scheme),
-        stages=[*observed, *found_stages],
+        stages=every_stage,
+        seconds_by_devices={count: seconds_on(count, every_stage, tuning.inputs) for count in (1, 8)},
         pruned_from=subject.pruned_from,
         experts_before=None if subject.prune is None else routed_experts(whole.config),
     )
@@ -426,6 +431,9 @@ def rows(record: PlanRecord) -> dict[str, str]:
         )
     known = [stage.seconds for stage in record.stages if stage.seconds is not None]
     found["time of what is known"] = plain(sum(known))
+    for devices, seconds in record.seconds_by_devices.items():
+        plural = "device" if devices == 1 else "devices"
+        found[f"  to quantize, {devices} {plural}"] = "not known" if seconds is None else plain(seconds)
     return found
 
 

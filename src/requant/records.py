@@ -435,6 +435,9 @@ class PlanRecord(Record):
     source_files_known: bool = Field(description="false: one more job for each file of the source")
     target: TargetPlan
     stages: list[StagePlan]
+    seconds_by_devices: dict[int, float | None] = Field(
+        description="by number of equal devices: reference passes and quantize jobs; null where one is not known"
+    )
     pruned_from: str | None = Field(None, description="the model whose files are read; null if it is not pruned")
     experts_before: int | None = Field(None, description="routed experts of its MoE blocks")
 

@@ -8,6 +8,7 @@ from requant.checkpoint import Checkpoint
 from requant.grouped import group, ungroup
 from requant.nvfp4 import global_scale
 from requant.packed import round_inputs
+from requant.reap import Watch
 from requant.routing import observe
 from requant.streamed import StreamedModel
 
@@ -45,3 +46,14 @@ def test_experts_are_not_grouped_where_only_some_round_their_inputs(model):
     block = model.block(1)
     round_inputs(block.mlp.experts[0].gate_proj, global_scale(torch.tensor(4.0)))
     assert group(block).mlp.experts.grouped is None
+
+
+def test_saliencies_are_those_of_the_experts_one_by_one(model):
+    block = model.block(1)
+    hidden = torch.randn(6, 16, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    watches = [Watch(), Watch()]
+    observe(model, block, hidden, None, watch=watches[0])
+    observe(model, group(block), hidden, None, watch=watches[1])
+    one_by_one, at_once = watches
+    assert torch.equal(at_once.tokens, one_by_one.tokens) and torch.equal(at_once.gates, one_by_one.gates)
+    assert torch.allclose(at_once.mass, one_by_one.mass, rtol=0.01)
