@@ -229,9 +229,11 @@ def test_planning_the_demo_shows_every_job(tmp_path):
     (tmp_path / "mine.yaml").write_text("{}\n")
     jobs = build.planned("model_card.md")
     blocks = json.loads((ROOT / "demo/model/config.json").read_text())["num_hidden_layers"]
-    assert jobs["reference"] == blocks and jobs["quantize"] == 2 * blocks
-    assert jobs["verify"] == jobs["evaluate"] == jobs["deploy"] == jobs["benchmark"] == jobs["pack"] == 2
-    assert jobs["benchmark_source"] == jobs["calibrate"] == jobs["source"] == jobs["card"] == 1
+    assert jobs["reference"] == 3 * blocks and jobs["quantize"] == 4 * blocks, "the model, and two pruned from it"
+    assert jobs["verify"] == jobs["evaluate"] == jobs["deploy"] == jobs["benchmark"] == jobs["pack"] == 4
+    assert jobs["calibrate"] == jobs["source"] == jobs["card"] == 1, "pruned models share tokens and source"
+    assert jobs["keep"] == jobs["prune_evaluate"] == 2 * 3, "reap, and what it is held against"
+    assert jobs["benchmark_source"] == 1 + jobs["keep"]
 
 
 def test_five_lines_plan_a_release_with_defaults(tmp_path):
