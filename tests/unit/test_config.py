@@ -242,3 +242,18 @@ def test_names_that_pruning_takes_are_refused():
     data["models"]["reference"] = data["models"]["small"]
     with pytest.raises(RequantError, match=r"^config: models.reference: results/reference/ is the graph's own"):
         parse(data)
+
+
+def test_the_device_of_the_config_is_that_of_tuning_unless_a_release_says_otherwise():
+    config = parse(FIVE_LINES)
+    assert (config.device, config.releases["mine-nvfp4"].tuning.device) == ("cpu", "cpu")
+    config = parse(FIVE_LINES | {"device": "cuda"})
+    assert (config.device, config.releases["mine-nvfp4"].tuning.device) == ("cuda", "cuda")
+    config = parse(changed("releases/mine-nvfp4/tuning", {"device": "cpu", "iters": 3}) | {"device": "cuda:1"})
+    assert config.device == "cuda:1"
+    assert (config.releases["mine-nvfp4"].tuning.device, config.releases["mine-nvfp4"].tuning.iters) == ("cpu", 3)
+
+
+def test_models_run_on_known_devices_only():
+    with pytest.raises(RequantError, match=r"config: device: 'tpu'"):
+        parse(FIVE_LINES | {"device": "tpu"})

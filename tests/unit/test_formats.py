@@ -156,3 +156,18 @@ def test_tuned_scales_survive_encoding(weight):
     grid = nvfp4.values(codes, scales, tensor_scale).to(torch.bfloat16)
     parts = encode("x", QuantizedWeight(grid, scales, tensor_scale), torch.ones(1), scheme)
     np.testing.assert_array_equal(decode.nvfp4_codes(parts["x.weight_packed"].numpy()), codes.numpy())
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W4A16", "W8A16"])
+def test_decoding_by_torch_gives_the_numbers_of_the_independent_decoder(scheme):
+    """A GPU decodes by torch; `decode` shares no code with it."""
+    from requant.encoding import encode, plain_rounding
+    from requant.packed import decode_parts, decoded_by_torch
+    from requant.schemes import SCHEMES
+
+    chosen = SCHEMES[scheme]
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    scale = nvfp4.global_scale(weight.abs().amax()) if chosen.is_nvfp4 else None
+    tensors = encode("x", plain_rounding(weight, scale, chosen), scale, chosen)
+    parts = {name.removeprefix("x."): tensor for name, tensor in tensors.items()}
+    assert torch.equal(decoded_by_torch(parts, chosen), torch.from_numpy(decode_parts(parts, chosen)))
