@@ -93,7 +93,7 @@ def read_raw(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 def test_it_is_scored_as_the_same_model_in_bf16_and_the_record_says_what_was_decoded(pair):
     tokens = torch.arange(3, 40)[None]
-    (source, arithmetic), (plain, _) = (_whole_model(Checkpoint(path)) for path in pair)
+    (source, arithmetic), (plain, _) = (_whole_model(Checkpoint(path), "cpu") for path in pair)
     assert arithmetic == "FP8 weights decoded to BF16, BF16 activations"
     with torch.no_grad():
         assert torch.equal(source(tokens).logits, plain(tokens).logits)
