@@ -26,6 +26,7 @@ include: "rules/verify.smk"
 include: "rules/evaluate.smk"
 include: "rules/deploy.smk"
 include: "rules/benchmark.smk"
+include: "rules/publish.smk"
 include: "rules/card.smk"
 include: "rules/plan.smk"
 

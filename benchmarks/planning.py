@@ -113,6 +113,8 @@ def make_lock(blocks: int, experts: int) -> Lock:
             "num_attention_heads": 128,
             "q_lora_rank": 1536,
             "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
             "v_head_dim": 128,
             "num_hidden_layers": blocks,
             "num_nextn_predict_layers": 1,

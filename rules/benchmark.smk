@@ -14,7 +14,6 @@ rule benchmark_source:
         keep=keep_list,
         tokenizer=tokenizer_files,
         tasks=benchmark_files,
-        lib=modules("benchmark_source"),
     output:
         record="results/reference/{model}/benchmark/{benchmark}.json",
     log:
@@ -27,6 +26,7 @@ rule benchmark_source:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("benchmark_source"),
         source=source_path_of,
         settings=benchmark_config,
         tasks=benchmark_folder,
@@ -40,7 +40,6 @@ rule benchmark:
         packed=packed_files,
         source_scores=source_scores,
         tasks=benchmark_files,
-        lib=modules("benchmark"),
     output:
         record="results/{release}/benchmark.json",
     log:
@@ -53,6 +52,7 @@ rule benchmark:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("benchmark"),
         benchmark=benchmark_of,
         settings=benchmark_config,
         tasks=benchmark_folder,

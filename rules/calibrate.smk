@@ -10,7 +10,6 @@ rule calibrate:
     input:
         texts=calibration_texts,
         tokenizer=tokenizer_files,
-        lib=modules("calibrate"),
     output:
         tokens="results/calibration/{model}/{calibration}/tokens.safetensors",
         record="results/calibration/{model}/{calibration}/calibration.json",
@@ -21,6 +20,7 @@ rule calibrate:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("calibrate"),
         source=source_path_of,
         calibration=calibration_config,
     script:

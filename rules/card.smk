@@ -7,10 +7,11 @@ REQUIRED INPUTS   records of a release    results/{release}/{pack,verify,evaluat
                                           results/reference/{model}/benchmark/{benchmark}.json
                   of a pruned model       results/{model}/prune/{keep,evaluate}.json, and those of the models that
                                           it is held against; its tables of saliencies
+                  its provenance          results/{release}/model/provenance.json
+                  what ends a release     results/{release}/model/{SHA256SUMS,model.sig}: asked for, not read
 OUTPUTS           card of a release       results/{release}/model/README.md
                   its pictures            results/{release}/model/{loss,hidden_states}.png (if it is quantized),
                                           saliency.png (if its model is pruned)
-                  its provenance          results/{release}/model/provenance.json
                   card of the build       model_card.md
                   its pictures            results/card/{loss,hidden_states,experts}.png (experts: if a model has any;
                                           the others: if a release is quantized)
@@ -23,7 +24,6 @@ rule plot_release:
     input:
         blocks=block_records,
         evaluate="results/{release}/evaluate.json",
-        lib=modules("plot_release"),
     output:
         loss=report(
             "results/{release}/model/loss.png",
@@ -45,6 +45,8 @@ rule plot_release:
         "results/benchmarks/plot_release/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    params:
+        *code_and_libraries("plot_release"),
     script:
         "../scripts/plot_release.py"
 
@@ -53,7 +55,6 @@ rule plot_saliency:
     input:
         keep=keep_list_of,
         tables=tables_of,
-        lib=modules("plot_saliency"),
     output:
         saliency=report(
             "results/{release}/model/saliency.png",
@@ -68,6 +69,8 @@ rule plot_saliency:
         "results/benchmarks/plot_saliency/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    params:
+        *code_and_libraries("plot_saliency"),
     script:
         "../scripts/plot_saliency.py"
 
@@ -75,10 +78,9 @@ rule plot_saliency:
 rule release_card:
     input:
         records=release_records,
+        provenance="results/{release}/model/provenance.json",
         pictures=release_pictures,
         saliency=saliency_picture,
-        templates=card_templates(),
-        lib=modules("release_card"),
     output:
         readme=report(
             "results/{release}/model/README.md",
@@ -87,7 +89,6 @@ rule release_card:
             subcategory="{release}",
             labels={"figure": "card"},
         ),
-        provenance="results/{release}/model/provenance.json",
     log:
         "logs/release_card/{release}.log",
     benchmark:
@@ -95,6 +96,7 @@ rule release_card:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("release_card"),
         subject=card_subject,
     script:
         "../scripts/release_card.py"
@@ -103,7 +105,6 @@ rule release_card:
 rule plot_build:
     input:
         records=build_records,
-        lib=modules("plot_build"),
     output:
         loss=report(
             "results/card/loss.png",
@@ -124,6 +125,7 @@ rule plot_build:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("plot_build"),
         subjects=card_subjects,
     script:
         "../scripts/plot_build.py"
@@ -132,7 +134,6 @@ rule plot_build:
 rule plot_experts:
     input:
         records=build_records,
-        lib=modules("plot_experts"),
     output:
         experts=report(
             "results/card/experts.png",
@@ -147,6 +148,7 @@ rule plot_experts:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("plot_experts"),
         subjects=card_subjects,
     script:
         "../scripts/plot_experts.py"
@@ -156,11 +158,10 @@ rule card:
     input:
         records=build_records,
         provenance=release_provenance(),
+        hashes=release_hashes(),
         pictures=build_pictures,
         experts=expert_pictures,
         saliency=saliency_pictures,
-        templates=card_templates(),
-        lib=modules("card"),
     output:
         card=report(
             "model_card.md",
@@ -175,6 +176,7 @@ rule card:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("card"),
         subjects=card_subjects,
     script:
         "../scripts/card.py"

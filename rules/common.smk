@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+from snakemake.io import IOFile
+
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
 inherited = dict(os.environ).get("PYTHONPATH", "")
@@ -18,22 +20,26 @@ os.environ |= {
 # Snakemake walks chains recursively: 61 blocks and two releases exceed Python's default.
 sys.setrecursionlimit(20_000)
 
-from requant.architecture import block_count, block_of, expert_counts, family
+from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
-from requant.disk import chain_files, check_room, files_to_come, reference_files
+from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
 from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
-from requant.imports import modules_of
-from requant.locks import check_stored, load_lock, tensors_of
+from requant.hashing import file_entry
+from requant.imports import code_of, libraries_of
+from requant.locks import load_lock, tensors_of
 from requant.naming import places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
-from requant.preflight import check_context, check_group, check_numbers, check_source
+from requant.preflight import check_context, check_group, check_model, check_source
 from requant.pruning import check_counts, kept_experts
 from requant.schemes import SCHEMES
+from requant.signature import check_key
+from requant.standalone import standalone
 from requant.targets import check_deployable, check_scheme
+from requant.unchanged import check_release, gone, is_as_checked, is_as_packed, is_as_read
 from requant.view import group_count, pruned_config, routed_experts
 
 
@@ -75,6 +81,8 @@ def or_warn(function, *arguments):
 CONFIG = or_stop(parse_config, {key: value for key, value in config.items() if key != "model"})
 
 if workflow.is_main_process:
+    if not workflow.output_settings.dryrun:
+        or_stop(check_writable, ".", "results", "logs", ".snakemake")
     drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
     if (other := other_build(os.getcwd())) is not None:
         print(
@@ -147,16 +155,14 @@ def checkpoint_plan(model):
     path = lock_file(model)
     if is_from_hub(model) or path is not None:
         lock = hub_lock(model) if is_from_hub(model) else lock_at(path)
-        or_stop(family, lock.config)
         if model != config.get("model"):  # a lock that is made anew may be of other files
             if not is_from_hub(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
-            or_stop(check_stored, path, lock.config, lock.tensors)
+            or_stop(check_model, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
-    or_stop(family, local.config)
     tensors = or_stop(tensors_of, source_dir(model))
-    or_stop(check_stored, source_dir(model), local.config, tensors)
+    or_stop(check_model, source_dir(model), local.config, tensors)
     return local.config, {name: entry.shard for name, entry in tensors.items()}, local.files
 
 
@@ -176,9 +182,10 @@ def block_numbers(model):
 
 
 @cache
-def modules(script):
-    """Library modules that scripts/{script}.py imports: a changed one makes the script's results stale."""
-    return modules_of(Path(workflow.basedir) / "scripts" / f"{script}.py", LIBRARY)
+def code_and_libraries(script):
+    """What scripts/{script}.py computes with, an entry each: a changed one makes the script's results stale."""
+    path = Path(workflow.basedir) / "scripts" / f"{script}.py"
+    return code_of(path, LIBRARY) + libraries_of(path, LIBRARY)
 
 
 # Names, by wildcards
@@ -211,8 +218,20 @@ def source_path_of(wildcards):
     return source_dir(model_of(wildcards))
 
 
+@cache
+def by_content(model, name):
+    """A file of a source; `ancient` if it is the one that its check has seen, whatever its time says.
+
+    Snakemake compares times alone above 1 MB. Who reads the file has the record of its check for an input too, so
+    that a file that was changed still makes stale what was made of it.
+    """
+    path = f"{source_dir(model)}/{name}"
+    record = f"results/source/{source_name(model)}/files/{name}.json"
+    return ancient(path) if or_stop(is_as_checked, path, record) else path
+
+
 def source_file(wildcards):
-    return f"{source_dir(wildcards.model)}/{wildcards.file}"
+    return by_content(wildcards.model, wildcards.file)
 
 
 def lock_of(wildcards):
@@ -271,7 +290,7 @@ def checks(wildcards, names):
 def source_files(wildcards, names):
     """Files of the source, with those that say what is in them: config.json, and the index if there is one."""
     described = {"config.json", INDEX} & set(checkpoint_plan(model_of(wildcards))[2])
-    return [f"{source_path_of(wildcards)}/{name}" for name in sorted({*names, *described})]
+    return [by_content(model_of(wildcards), name) for name in sorted({*names, *described})]
 
 
 def checked_shards(wildcards, block):
@@ -300,13 +319,13 @@ def all_shards(wildcards):
 
 
 def source_config(wildcards):
-    return f"{source_path_of(wildcards)}/config.json"
+    return by_content(model_of(wildcards), "config.json")
 
 
 def tokenizer_files(wildcards):
     """Tokenizer and config of the source, and the records of their check."""
     names = [name for name in checkpoint_plan(model_of(wildcards))[2] if not name.endswith(".safetensors")]
-    return [f"{source_path_of(wildcards)}/{name}" for name in names] + checks(wildcards, names)
+    return [by_content(model_of(wildcards), name) for name in names] + checks(wildcards, names)
 
 
 # Pruned models
@@ -337,7 +356,6 @@ def preflight(release):
     model, target = settings.model, settings.deploy.target
     model_config, shard_of, files = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
-    or_stop(check_numbers, f"models.{model}", model_config)
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
@@ -394,7 +412,11 @@ def calibration_texts(wildcards):
     """The text files of a calibration, held-out ones included; its samples must fit the model's context."""
     name, model = wildcards.calibration, wildcards.model
     or_stop(check_context, name, CONFIG.calibrations[name], model, checkpoint_plan(model)[0])
-    return or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
+    paths = or_stop(text_files, wildcards.calibration, calibration_config(wildcards))
+    record = f"results/calibration/{model}/{name}/calibration.json"
+    return [
+        path if made_here(path) or not or_stop(is_as_read, path, record) else ancient(path) for path in paths
+    ]
 
 
 def calibration_folder(wildcards):
@@ -494,7 +516,14 @@ def keep_patterns(wildcards):
 
 
 def block_files(wildcards):
-    return [f"results/{wildcards.release}/blocks/{block}.safetensors" for block in blocks_of(wildcards)]
+    """The blocks of a release, which was looked at whether it is as the build left it.
+
+    As files of a source, they are `ancient` where they are what was packed; their records are inputs too.
+    """
+    release = wildcards.release
+    as_left(release)
+    paths = {block: f"results/{release}/blocks/{block}.safetensors" for block in blocks_of(wildcards)}
+    return [ancient(path) if or_stop(is_as_packed, release, block) else path for block, path in paths.items()]
 
 
 def block_records(wildcards):
@@ -502,6 +531,38 @@ def block_records(wildcards):
 
 
 # The packed release
+
+
+def left_at(outputs):
+    """When their jobs left `outputs`, in ns, by Snakemake's own records; of none after a job that was cut.
+
+    The records have seconds as a float, exact to less than a microsecond, which is added.
+    """
+    if any(Path(".snakemake/incomplete").glob("*")):
+        return {}
+    records = {path: workflow.persistence.metadata(IOFile(path)) for path in outputs}
+    return {
+        path: int(record.endtime * 1e9) + 1000
+        for path, record in records.items()
+        if record and record.endtime
+    }
+
+
+@cache
+def as_left(release):
+    """Has files of a finished release made again that are gone; stops the build if one was changed by hand.
+
+    Snakemake notices neither: the outputs behind a gone file are there, and nothing has the shards for outputs.
+    """
+    if not workflow.is_main_process:
+        return
+    wildcards = SimpleNamespace(release=release)
+    model = f"results/{release}/model"
+    own = [f"{model}/{name}" for name in ("config.json", INDEX, "README.md", "provenance.json")]
+    own += [f"results/{release}/{stage}.json" for stage in ("verify", "evaluate", "deploy", "benchmark")]
+    own += release_pictures(wildcards) + saliency_picture(wildcards)
+    workflow.dag.forcefiles.update(or_stop(gone, release, len(blocks_of(wildcards)), own))
+    or_warn(check_release, release, left_at(own))
 
 
 def packed_files(wildcards):
@@ -552,7 +613,7 @@ def target_config(wildcards):
 
 
 def benchmark_config(wildcards):
-    return CONFIG.benchmarks[benchmark_of(wildcards)].model_dump(mode="json")
+    return CONFIG.benchmarks[benchmark_of(wildcards)].model_dump(mode="json", exclude={"hub"})
 
 
 def benchmark_folder(wildcards):
@@ -708,6 +769,70 @@ def build_records(_):
     return list(dict.fromkeys(record for wildcards in built() for record in release_records(wildcards)))
 
 
+# Publishing
+
+
+def config_alone(wildcards):
+    """The config that builds a release by itself."""
+    return standalone(CONFIG, wildcards.release)
+
+
+def base_model_of(wildcards):
+    return CONFIG.models[model_of(wildcards)].base_model
+
+
+def source_of_release(wildcards):
+    return f"results/source/{source_name(model_of(wildcards))}/source.json"
+
+
+def tokens_observed(wildcards):
+    """The record of the tokens that a pruned model's experts were observed on, as a list of one; else of none."""
+    model = model_of(wildcards)
+    return [observed_record(SimpleNamespace(model=model))] if CONFIG.models[model].prune else []
+
+
+def environment_locks():
+    """What the locks of the checkout say, as digests: neither their times nor its place make a release stale."""
+    paths = sorted([*Path(workflow.basedir).glob("envs/*.lock"), *Path(workflow.basedir).glob("flake.lock")])
+    return [f"{path.name} {file_entry(path).sha256[:12]}" for path in paths]
+
+
+def hub_tasks(wildcards):
+    """The tasks of a release's benchmark that are benchmarks of the hub; none of a trial, whose scores are not."""
+    benchmark = CONFIG.benchmarks[benchmark_of(wildcards)]
+    tasks = {} if benchmark.limit else benchmark.hub
+    return {name: task.model_dump(mode="json") for name, task in tasks.items()}
+
+
+def files_beside(wildcards):
+    """What is published beside the files that were packed."""
+    names = ["README.md", "provenance.json", "sbom.cdx.json"]
+    names += [".eval_results/requant.yaml"] if hub_tasks(wildcards) else []
+    found = [f"results/{wildcards.release}/model/{name}" for name in names]
+    return [*found, *release_pictures(wildcards), *saliency_picture(wildcards)]
+
+
+def signing_key(_):
+    """The path of the key that releases are signed by. Stops the planning if it can't be used."""
+    path = os.path.expanduser(CONFIG.publish.signing_key)
+    or_stop(check_key, path)
+    return path
+
+
+def publishing(wildcards):
+    """The rules that a release goes through to be published, and others do not."""
+    return [
+        *(["eval_results"] if hub_tasks(wildcards) else []),
+        *(["sign"] if CONFIG.publish.signing_key else []),
+    ]
+
+
+def release_hashes():
+    """What is made last of each release: its hashes, and its signature if there is a key."""
+    names = ["SHA256SUMS", *(["model.sig"] if CONFIG.publish.signing_key else [])]
+    return [f"results/{release}/model/{name}" for release in CONFIG.build for name in names]
+
+
 def release_provenance():
     return [f"results/{release}/model/provenance.json" for release in CONFIG.build]
 
@@ -731,10 +856,6 @@ def expert_pictures(_):
         expert_counts(or_stop(places, names, model), or_stop(block_count, model)) for model, names, _ in plans
     )
     return ["results/card/experts.png"] if any(counts) else []
-
-
-def card_templates():
-    return sorted(str(path) for path in (LIBRARY / "requant" / "templates").glob("*.j2"))
 
 
 def config_files():
@@ -783,6 +904,7 @@ def plan_subject(release):
         "source": source_dir(settings.model),
         "lock": lock_file(settings.model),
         "device": CONFIG.device,
+        "publishing": publishing(SimpleNamespace(release=release)),
         "repository": (
             repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
         ),

@@ -14,7 +14,6 @@ rule deploy:
         keep=keep_list,
         source=all_shards,
         tokens=tokens_of,
-        lib=modules("deploy"),
     output:
         record="results/{release}/deploy.json",
     log:
@@ -26,6 +25,7 @@ rule deploy:
         "../envs/requant.yaml"
     threads: 1
     params:
+        *code_and_libraries("deploy"),
         source=source_path_of,
         settings=deploy_config,
         target=target_config,

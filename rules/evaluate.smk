@@ -17,7 +17,6 @@ rule evaluate:
         keep=keep_list,
         original=end_of_original,
         source=all_shards,
-        lib=modules("evaluate"),
     output:
         record="results/{release}/evaluate.json",
     log:
@@ -30,6 +29,7 @@ rule evaluate:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("evaluate"),
         source=source_path_of,
         model=model_of,
         device=device,

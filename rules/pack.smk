@@ -14,7 +14,6 @@ rule pack:
         keep=keep_list,
         source=all_shards,
         tokenizer=tokenizer_files,
-        lib=modules("pack"),
     output:
         config="results/{release}/model/config.json",
         index="results/{release}/model/model.safetensors.index.json",
@@ -26,6 +25,7 @@ rule pack:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("pack"),
         source=source_path_of,
         model=model_of,
         scheme=scheme_of_release,

@@ -17,7 +17,6 @@ rule observe:
         tokens=observed_tokens,
         hidden=pruned_before,
         shards=block_shards,
-        lib=modules("observe"),
     output:
         saliency="results/{model}/prune/saliency_{block}.csv",
     log:
@@ -29,6 +28,7 @@ rule observe:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("observe"),
         source=source_path_of,
         device=device,
     script:
@@ -38,7 +38,6 @@ rule observe:
 rule keep_block:
     input:
         saliency="results/{model}/prune/saliency_{block}.csv",
-        lib=modules("keep_block"),
     output:
         keep="results/{model}/prune/keep_{block}.json",
     log:
@@ -48,6 +47,7 @@ rule keep_block:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("keep_block"),
         pruning=pruning_of,
     script:
         "../scripts/keep_block.py"
@@ -56,7 +56,6 @@ rule keep_block:
 rule keep:
     input:
         saliency=saliency_tables,
-        lib=modules("keep"),
     output:
         keep="results/{model}/prune/keep.json",
     log:
@@ -66,6 +65,7 @@ rule keep:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("keep"),
         pruning=pruning_of,
     script:
         "../scripts/keep.py"
@@ -78,7 +78,6 @@ rule prune_evaluate:
         hidden=original_chain,
         keep=keep_list,
         source=all_shards,
-        lib=modules("prune_evaluate"),
     output:
         record="results/{model}/prune/evaluate.json",
     log:
@@ -91,6 +90,7 @@ rule prune_evaluate:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("prune_evaluate"),
         source=source_path_of,
         device=device,
     script:

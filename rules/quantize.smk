@@ -26,7 +26,6 @@ rule quantize:
         targets=reference_after,
         keep=keep_list,
         shards=block_shards,
-        lib=modules("quantize"),
     output:
         block="results/{release}/blocks/{block}.safetensors",
         record="results/{release}/blocks/{block}.json",
@@ -43,6 +42,7 @@ rule quantize:
     resources:
         gpu=tuning_gpus,
     params:
+        *code_and_libraries("quantize"),
         source=source_path_of,
         model=model_of,
         scheme=scheme_of_release,
@@ -56,7 +56,6 @@ rule copy_block:
     input:
         keep=keep_list,
         shards=shards_to_copy,
-        lib=modules("copy_block"),
     output:
         block="results/{release}/blocks/{block}.safetensors",
         record="results/{release}/blocks/{block}.json",
@@ -69,6 +68,7 @@ rule copy_block:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("copy_block"),
         source=source_path_of,
         scheme=scheme_of_release,
     script:

@@ -16,7 +16,6 @@ rule embed:
     input:
         tokens=tokens_of,
         shards=outer_shards,
-        lib=modules("embed"),
     output:
         hidden="results/reference/{model}/{calibration}/embedded.safetensors",
     log:
@@ -26,6 +25,7 @@ rule embed:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("embed"),
         source=source_path_of,
     script:
         "../scripts/embed.py"
@@ -37,7 +37,6 @@ rule reference:
         hidden=reference_before,
         keep=keep_list,
         shards=block_shards,
-        lib=modules("reference"),
     output:
         hidden="results/reference/{model}/{calibration}/hidden_{block}.safetensors",
         routing="results/reference/{model}/{calibration}/routing_{block}.json",
@@ -51,6 +50,7 @@ rule reference:
     resources:
         gpu=gpus,
     params:
+        *code_and_libraries("reference"),
         source=source_path_of,
         device=device,
     script:

@@ -18,7 +18,6 @@ ruleorder: download > source_file
 rule download:
     input:
         lock=lock_to_download,
-        lib=modules("download"),
     output:
         file="results/source/{model}/checkpoint/{file}",
         record="results/source/{model}/files/{file}.json",
@@ -33,6 +32,7 @@ rule download:
     resources:
         downloads=1,
     params:
+        *code_and_libraries("download"),
         repository=repository_of,
     script:
         "../scripts/download.py"
@@ -42,7 +42,6 @@ rule source_file:
     input:
         file=source_file,
         lock=lock_of,
-        lib=modules("source_file"),
     output:
         record="results/source/{model}/files/{file}.json",
     log:
@@ -51,6 +50,8 @@ rule source_file:
         "results/benchmarks/source_file/{model}/{file}.tsv"
     conda:
         "../envs/requant.yaml"
+    params:
+        *code_and_libraries("source_file"),
     script:
         "../scripts/source_file.py"
 
@@ -60,7 +61,6 @@ rule source:
         files=checked_files,
         config=source_config,
         lock=lock_of,
-        lib=modules("source"),
     output:
         record="results/source/{model}/source.json",
     log:
@@ -70,6 +70,7 @@ rule source:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("source"),
         path=source_path_of,
     script:
         "../scripts/source.py"
@@ -90,7 +91,6 @@ rule lock:
 rule demo_text:
     input:
         generator=located("demo/generate.py"),
-        lib=modules("demo_text"),
     output:
         text="results/demo/{split}/{kind}.jsonl",
     log:
@@ -103,6 +103,7 @@ rule demo_text:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("demo_text"),
         documents=demo_documents,
     script:
         "../scripts/demo_text.py"

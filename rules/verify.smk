@@ -11,7 +11,6 @@ rule verify:
         packed=packed_files,
         keep=keep_list,
         source=all_shards,
-        lib=modules("verify"),
     output:
         record="results/{release}/verify.json",
     log:
@@ -21,6 +20,7 @@ rule verify:
     conda:
         "../envs/requant.yaml"
     params:
+        *code_and_libraries("verify"),
         source=source_path_of,
         limits=limits_of,
         samples=verify_samples,

@@ -11,7 +11,7 @@ from requant.packed import PackedCheckpoint
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     run_benchmark(
         snakemake.wildcards.release,
         PackedCheckpoint(Path(snakemake.input.packed[0]).parent / "model"),

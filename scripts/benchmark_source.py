@@ -12,7 +12,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     run_benchmark(
         snakemake.wildcards.model,
         Checkpoint(snakemake.params.source, read_keep(snakemake.input.keep)),

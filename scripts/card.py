@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 with job(snakemake.log[0]):
     from requant.card import Figures, load_release, render_card
-    from requant.provenance import Provenance
-    from requant.records import read_json, write_text
+    from requant.provenance import read_provenance
+    from requant.records import write_text
 
     releases = [load_release(Path(), **subject) for subject in snakemake.params.subjects]
-    provenance = [read_json(path, Provenance) for path in snakemake.input.provenance]
+    provenance = [read_provenance(path).provenance for path in snakemake.input.provenance]
     loss, hidden_states = snakemake.input.pictures or (None, None)
     experts = snakemake.input.experts
     saliency = {Path(path).parts[-3]: path for path in snakemake.input.saliency}

@@ -8,7 +8,7 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     from requant.copying import copy_block
     from requant.records import read_keep
 

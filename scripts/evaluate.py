@@ -10,7 +10,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     record = evaluate(
         Path(snakemake.params.source),
         Path(snakemake.input.packed[0]).parent / "model",

@@ -9,7 +9,7 @@ from requant.saliency import write_table
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     block = int(snakemake.wildcards.block)
     table = observe_block(
         snakemake.params.source, snakemake.input.tokens, snakemake.input.hidden, block, snakemake.params.device

@@ -10,7 +10,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     record = pack(
         Path(snakemake.params.source),
         snakemake.wildcards.release,

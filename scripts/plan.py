@@ -24,6 +24,7 @@ with job(snakemake.log[0]):
             found["prune"] and Prune.model_validate(found["prune"]),
             found["observed"] and Calibration.model_validate(found["observed"]),
             found["device"],
+            tuple(found["publishing"]),
         )
         for found in snakemake.params.subjects
     ]

@@ -10,7 +10,7 @@ from requant.records import KeepList, read_json
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     record = evaluate_pruned(
         Path(snakemake.params.source),
         read_json(snakemake.input.keep[0], KeepList),

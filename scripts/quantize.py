@@ -9,7 +9,7 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     from requant.quantize import BlockJob, quantize_block
     from requant.records import read_keep
 

@@ -9,7 +9,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0]):
+with job(snakemake.log[0], snakemake.input):
     record = run_reference_block(
         snakemake.params.source,
         snakemake.input.tokens,

@@ -1,11 +1,13 @@
-"""What all tests share: the order of the run, GPU tests, and the option that forbids other skips."""
+"""What all tests share: which run in one process, the order, GPU tests, and the option that forbids other skips."""
 
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 WORKFLOW = Path(__file__).parent / "workflow"
-SKIPS = pytest.StashKey[list[str]]()
+USES_BUILT = re.compile(r"^def \w+\((.*, )?built[,)]", re.MULTILINE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,8 +16,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the list of the skips that --only-gpu-skips forbids."""
-    config.stash[SKIPS] = []
+    """Watch for skips where --only-gpu-skips forbids them; with pytest-xdist only the process that reports does."""
+    if config.getoption("--only-gpu-skips") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ForbiddenSkips())
+
+
+class ForbiddenSkips:
+    """Fails a run that skipped anything but tests marked `gpu`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, None] = {}  # node ids in order, each once: every process collects all files
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note each skip of a test that is not marked `gpu`."""
+        if report.skipped and not hasattr(report, "wasxfail") and "gpu" not in report.keywords:
+            self.found[report.nodeid] = None
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note each file that skips itself while it is read."""
+        if report.skipped:
+            self.found[report.nodeid] = None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fail the run."""
+        if self.found and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        """Name the skips that failed the run."""
+        for nodeid in self.found:
+            terminalreporter.write_line(f"skipped, and only GPU tests may be: {nodeid}", red=True)
 
 
 def _gpu_is_missing() -> bool:
@@ -25,44 +56,30 @@ def _gpu_is_missing() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole builds last and marked `workflow`; GPU tests skipped where there is no GPU."""
+    """Whole builds are marked `workflow` and begin first, since they take longest; GPU tests need a GPU."""
     for item in items:
         if WORKFLOW in item.path.parents:
             item.add_marker("workflow")
-    items.sort(key=lambda item: item.get_closest_marker("workflow") is not None)
+    items.sort(key=lambda item: (item.get_closest_marker("workflow") is None, _group(item.path) != "built"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and _gpu_is_missing():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item):
-    """Note each skip of a test that is not marked `gpu`."""
-    report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
-        item.config.stash[SKIPS].append(report.nodeid)
-    return report
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """With pytest-xdist, one process runs all tests of a file, or of the files that share the build `built`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class TogetherScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(config.rootpath / nodeid.partition("::")[0])
+
+    return TogetherScheduling(config, log)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector):
-    """Note each file that skips itself while it is read."""
-    report = yield
-    if report.skipped:
-        collector.config.stash[SKIPS].append(report.nodeid)
-    return report
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With --only-gpu-skips, fail a run that skipped anything else."""
-    if session.config.getoption("--only-gpu-skips") and session.config.stash[SKIPS] and session.exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """Name the skips that failed the run."""
-    if config.getoption("--only-gpu-skips"):
-        for nodeid in config.stash[SKIPS]:
-            terminalreporter.write_line(f"skipped, and only GPU tests may be: {nodeid}", red=True)
+@cache
+def _group(path: Path) -> str:
+    """`built` for a file with a test that takes this fixture; else the path."""
+    return "built" if USES_BUILT.search(path.read_text(encoding="utf-8")) else str(path)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 
 # The families that requant builds, by `model_type`, with the model_type of the transformers code that runs them.
 FAMILIES = {
@@ -17,6 +17,7 @@ FAMILIES = {
     "qwen3_moe": "qwen3_moe",
 }
 
+MOST_BLOCKS = 1000  # several times those of any model there is; each is a job
 BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -38,10 +39,13 @@ def family(config: dict[str, Any]) -> str:
     RequantError, with the list of known ones, if requant can't build its blocks.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        classes = "".join(f" ({name})" for name in config.get("architectures") or [])
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        raise RequantError(f"config.json: architectures: {brief(names)}; expected names of classes")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        classes = "".join(f" ({name})" for name in names)[:80]
         raise RequantError(
-            f"config.json: model_type: {model_type!r}{classes} is unknown; known families: {', '.join(FAMILIES)}"
+            f"config.json: model_type: {brief(model_type)}{classes} is unknown; known families: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -49,8 +53,10 @@ def family(config: dict[str, Any]) -> str:
 def block_count(config: dict[str, Any]) -> int:
     """Number of decoder blocks; a multi-token-prediction layer stored behind them is not one."""
     count = config.get("num_hidden_layers")
-    if not isinstance(count, int) or count < 1:
-        raise RequantError(f"config.json: num_hidden_layers: {count!r}; expected a number of 1 or more")
+    if type(count) is not int or not 1 <= count <= MOST_BLOCKS:
+        raise RequantError(
+            f"config.json: num_hidden_layers: {brief(count)}; expected a number of 1 or more, at most {MOST_BLOCKS}"
+        )
     return count
 
 

@@ -5,7 +5,6 @@ calibration documents whose hash says so.
 """
 
 import hashlib
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, TextSource, source_name
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
+from requant.hashing import file_entry
 from requant.records import CalibrationRecord, TextSourceRecord, TokenSetRecord, write_json
-from requant.safetensors_io import file_entry
+from requant.untrusted import json_object, open_file
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,13 @@ def read_documents(source: TextSource) -> list[str]:
     Raises RequantError naming the file, and the line where one is not as expected.
     """
     path = Path(source.path)
+    with open_file(path, f"the text of calibration source {source_name(source)!r}") as file:
+        data = file.read()
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequantError(
-            f"{path}: not there; expected the text of calibration source {source_name(source)!r}"
-        ) from None
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise RequantError(f"{path}: not UTF-8 at byte {error.start}; expected UTF-8 text") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if path.suffix != ".jsonl":
         documents = [part.strip() for part in text.split("\n\n")]
     else:
@@ -50,12 +49,11 @@ def read_documents(source: TextSource) -> list[str]:
         for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part a text at U+2028
             if not line.strip():
                 continue
-            try:
-                documents.append(json.loads(line)[source.field])
-            except (ValueError, KeyError, TypeError):
-                raise RequantError(
-                    f"{path}: line {number}: expected a JSON object with the key {source.field!r}"
-                ) from None
+            where, expected = f"{path}: line {number}", f"a JSON object with the key {source.field!r}"
+            found = json_object(line.encode(), where, expected)
+            if source.field not in found:
+                raise RequantError(f"{where}: {brief(list(found))} found; expected {expected}")
+            documents.append(found[source.field])
             if not isinstance(documents[-1], str):
                 raise RequantError(f"{path}: line {number}: {source.field!r} is no text")
     return [document for document in documents if document]
@@ -173,6 +171,12 @@ def make_token_sets(
     start = time.monotonic()
     checkpoint = Checkpoint(source)
     tokenizer = checkpoint.tokenizer()
+    vocabulary = checkpoint.config.get("vocab_size")
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise RequantError(
+            f"{source}: a tokenizer of {len(tokenizer)} tokens found; config.json has a vocabulary of {vocabulary}: "
+            "expected the tokenizer that the model was trained with"
+        )
     held_sources = calibration.heldout.sources
     texts = [(text, read_documents(text)) for text in calibration.sources]
     if held_sources is None:
@@ -186,7 +190,6 @@ def make_token_sets(
         "calibration": token_set(tuning, calibration.nsamples, calibration, tokenizer, "calibration"),
         "heldout": token_set(held, calibration.heldout.nsamples, calibration, tokenizer, "heldout"),
     }
-    vocabulary = checkpoint.config.get("vocab_size")
     largest = max(int(found.tokens.max()) for found in sets.values())
     if vocabulary is not None and largest >= vocabulary:
         raise RequantError(

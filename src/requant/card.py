@@ -685,16 +685,20 @@ def _eval_results(facts: ReleaseFacts) -> list[EvalResult]:
 
 
 def render_release_card(facts: ReleaseFacts, provenance: Provenance, figures: Figures) -> str:
-    """The README.md of one release. Raises RequantError if the template asks for what no record holds."""
-    return _render("release_card.md.j2", [facts], [provenance], figures)
+    """The README.md of one release, the same at every rebuild: without times. Raises RequantError if the template asks
+    for what no record holds."""
+    return _render("release_card.md.j2", [facts], [provenance], figures, timed=False)
 
 
 def render_card(releases: Sequence[ReleaseFacts], provenance: Sequence[Provenance], figures: Figures) -> str:
     """The card of a build, its `releases` side by side. Raises RequantError as render_release_card does."""
-    return _render("model_card.md.j2", releases, provenance, figures)
+    return _render("model_card.md.j2", releases, provenance, figures, timed=True)
 
 
-def _render(template: str, releases: Sequence[ReleaseFacts], provenance: Sequence[Provenance], figures: Figures) -> str:
+def _render(
+    template: str, releases: Sequence[ReleaseFacts], provenance: Sequence[Provenance], figures: Figures, timed: bool
+) -> str:
+    """A card; what a clock or a job's memory was read for stands there only if it is `timed`."""
     for facts, origin in zip(releases, provenance, strict=True):
         if origin.release != facts.name or origin.files != facts.pack.files:
             raise RequantError(
@@ -705,7 +709,7 @@ def _render(template: str, releases: Sequence[ReleaseFacts], provenance: Sequenc
     page = _environment().get_template(template)
     try:
         body = page.render(
-            releases=list(releases), provenance=list(provenance), figures=figures, folded_rows=FOLDED_ROWS
+            releases=list(releases), provenance=list(provenance), figures=figures, folded_rows=FOLDED_ROWS, timed=timed
         )
     except jinja2.UndefinedError as error:
         raise RequantError(f"{template}: {error.message}; expected a field of a record; mend the template") from error

@@ -1,6 +1,7 @@
 """The reference chain: hidden states of the source model between its blocks, computed once for every release.
 
 `embedded` holds the embeddings, hidden_{i} the output of block i; calibration and held-out tokens go side by side.
+Every pass runs on one thread, whatever the environment says: the last bits of some sums depend on their number.
 """
 
 import time
@@ -8,15 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 
-from requant.architecture import expert_counts
+from requant.architecture import block_of, expert_counts
 from requant.checkpoint import Checkpoint
 from requant.jobs import peak_memory_bytes
 from requant.reap import Watch
 from requant.records import KeepList, RoutingRecord, write_json
 from requant.routing import observe
-from requant.safetensors_io import save
+from requant.safetensors_io import load, save
 from requant.saliency import write_table
 from requant.streamed import StreamedModel
 from requant.view import group_count
@@ -29,8 +29,16 @@ def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None
 
 
 def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) -> None:
-    """Writes the embeddings of the calibration and held-out tokens, BF16 [n, seqlen, width] each."""
-    model, tokens = StreamedModel(Checkpoint(source)), load_file(tokens_path)
+    """Writes the embeddings of the calibration and held-out tokens, BF16 [n, seqlen, width] each.
+
+    Tensors outside of blocks are all read here, one by one: a value in them that is not finite would else be found by
+    the jobs behind the last block.
+    """
+    torch.set_num_threads(1)
+    model, tokens = StreamedModel(Checkpoint(source)), load(tokens_path)
+    for name in model.checkpoint.index:
+        if block_of(name, model.blocks) is None:
+            model.checkpoint.read([name])
     save(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
 
 
@@ -38,9 +46,10 @@ def observe_block(
     source: str | Path, tokens_path: str | Path, hidden_path: str | Path, block: int, device: str = "cpu"
 ) -> pd.DataFrame:
     """The table of saliencies of block `block`, on the hidden states of the calibration tokens in `hidden_path`."""
+    torch.set_num_threads(1)
     model, watch = StreamedModel(Checkpoint(source), device), Watch()
-    mask = load_masks(load_file(tokens_path))["calibration"]
-    observe(model, model.block(block), load_file(hidden_path)["calibration"], mask, watch=watch)
+    mask = load_masks(load(tokens_path))["calibration"]
+    observe(model, model.block(block), load(hidden_path, "calibration")["calibration"], mask, watch=watch)
     return watch.table(group_count(model.checkpoint.config))
 
 
@@ -63,8 +72,9 @@ def run_reference_block(
     keep: the experts that a pruned model has of the checkpoint in `source`.
     """
     start = time.monotonic()
+    torch.set_num_threads(1)
     model = StreamedModel(Checkpoint(source, keep), device)
-    hidden, masks = load_file(hidden_path), load_masks(load_file(tokens_path))
+    hidden, masks = load(hidden_path), load_masks(load(tokens_path))
     module = model.block(block)
     watches = {"calibration": Watch(), "heldout": None}
     seen = {part: observe(model, module, hidden[part], masks[part], watch=watch) for part, watch in watches.items()}

@@ -1,15 +1,15 @@
 """A checkpoint directory as Hugging Face lays it out: config, tokenizer, safetensors shards and their index."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant import fp8
-from requant.errors import RequantError
+from requant.errors import RequantError, brief, plain
 from requant.naming import Place, entries, places
 from requant.records import KeepList, TensorEntry
 from requant.safetensors_io import read_header, read_slices
+from requant.untrusted import is_file_name, is_tensor_name, read_json_object
 from requant.view import View
 
 if TYPE_CHECKING:
@@ -44,16 +44,7 @@ class Checkpoint:
         self.config = self.view.config if self.view else self.stored_config
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.directory / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RequantError(f"{path}: not there; expected a Hugging Face checkpoint directory") from None
-        except ValueError as error:
-            raise RequantError(f"{path}: no JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise RequantError(f"{path}: a {type(found).__name__} found; expected keys and values")
-        return found
+        return read_json_object(self.directory / name, "a Hugging Face checkpoint directory with that file")
 
     @cached_property
     def index(self) -> dict[str, str]:
@@ -89,29 +80,41 @@ class Checkpoint:
         return self.stored_index()
 
     def stored_index(self) -> dict[str, str]:
-        """The shard file of each tensor, by the names in the files."""
+        """The shard file of each tensor, by the names in the files.
+
+        Raises RequantError if the index names a shard by a path, or if there is neither an index nor a single shard.
+        """
         if (self.directory / INDEX).exists():
-            weight_map = self._json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise RequantError(
-                    f"{self.directory / INDEX}: `weight_map`: found {weight_map!r}; expected tensor: shard"
-                )
-            return weight_map
+            return self._checked_index(self._json(INDEX).get("weight_map"))
         shards = sorted(self.directory.glob("*.safetensors"))
         if len(shards) != 1:
+            pickled = sorted(path.name for path in self.directory.glob("*.bin")) if not shards else []
+            beside = f", but {pickled[0]}: pickled weights are not read, for that would run code" if pickled else ""
             raise RequantError(
-                f"{self.directory}: {len(shards)} safetensors files and no {INDEX}; expected an index, or one file"
+                f"{self.directory}: {len(shards)} safetensors files and no {INDEX}{beside}; "
+                "expected an index, or one file"
             )
         return dict.fromkeys(read_header(shards[0]), shards[0].name)
 
+    def _checked_index(self, weight_map: Any) -> dict[str, str]:
+        path = self.directory / INDEX
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RequantError(f"{path}: `weight_map`: found {brief(weight_map)}; expected tensor: shard")
+        for name, shard in weight_map.items():
+            if not is_tensor_name(name):
+                raise RequantError(
+                    f"{path}: {brief(name)}: found; expected a tensor's name, printable and not too long"
+                )
+            if not is_file_name(shard):
+                raise RequantError(f"{path}: {name}: shard {brief(shard)}; expected a file name without a path")
+            if not shard.endswith(".safetensors"):
+                raise RequantError(f"{path}: {name}: shard {brief(shard)}; expected a safetensors file")
+        return weight_map
+
     @property
     def shards(self) -> list[str]:
-        """File names of the shards, sorted. RequantError if one is a path and not a name in the directory."""
-        names = sorted(set(self.stored.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise RequantError(f"{self.directory / INDEX}: shard {name!r}; expected a file name without a path")
-        return names
+        """File names of the shards, sorted."""
+        return sorted(set(self.stored.values()))
 
     @property
     def carried_files(self) -> list[str]:
@@ -127,6 +130,8 @@ class Checkpoint:
     def read(self, names: list[str], device: "str | torch.device" = "cpu") -> dict[str, "torch.Tensor"]:
         """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one.
 
+        Raises RequantError naming a tensor that is not there, or has values that are not finite.
+
         What is decoded is decoded on `device`, and stays there.
         """
         if self.view is not None:
@@ -135,18 +140,35 @@ class Checkpoint:
         whole = {name: place.stored for name, place in wanted.items() if place.expert is None}
         tensors = fp8.read(self.directory, self.stored, list(whole.values()), self.config, device)
         slices = {name: place for name, place in wanted.items() if place.expert is not None}
-        return {name: self._kept_rows(name, tensors[stored]) for name, stored in whole.items()} | read_slices(
+        found = {name: self._kept_rows(name, tensors[stored]) for name, stored in whole.items()} | read_slices(
             self.directory, self.stored, slices
         )
+        for name, tensor in found.items():
+            self._check_finite(name, tensor)
+        return found
+
+    def _check_finite(self, name: str, tensor: "torch.Tensor") -> None:
+        """Raises RequantError naming the tensor if a value of it is NaN or infinite. One pass, nothing is copied."""
+        if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
+            return
+        low, high = tensor.aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            bad = int((~tensor.isfinite()).sum())
+            raise RequantError(
+                f"{self.directory}: {name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite ones"
+            )
 
     def _kept_rows(self, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
         rows = self.view.rows(name) if self.view else None
         return tensor if rows is None else tensor[rows]
 
     def tokenizer(self):
-        """The checkpoint's tokenizer. RequantError if its files are missing."""
+        """The checkpoint's tokenizer. RequantError if its files are missing, or transformers makes none of them."""
         from transformers import AutoTokenizer
 
         if not any((self.directory / name).exists() for name in TOKENIZERS):
             raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
-        return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise RequantError(f"{self.directory}: no tokenizer can be made of its files: {plain(error)}") from error

@@ -5,18 +5,24 @@ found and what is allowed. The defaults are the settings of the public releases:
 2048 tokens, seed 42.
 """
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from requant.errors import RequantError
+from requant.errors import RequantError, brief, plain
 from requant.schemes import SCHEMES
+
+COMPUTES = False  # the schema of the config: its values reach a job as params
+
 
 # Folders of results/ that belong to no release.
 RESERVED = ("benchmarks", "calibration", "card", "demo", "reference", "source")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+MOST_LINES = 20  # of the errors of one config
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -25,7 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 class Section(BaseModel):
     """A part of the config: unknown keys are errors and values never change after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 METHODS = ("reap", "frequency", "random")
@@ -238,6 +244,27 @@ class Deploy(Section):
     )
 
 
+class Reproduce(Section):
+    """How far a rebuilt weight may be from the published one where its bytes are not the same (`requant reproduce`).
+
+    On the same kind of machine nothing differs. The limits are for another kind: tuning makes a different last bit of
+    a matrix product into different choices between neighbouring codes.
+    """
+
+    min_cosine: float | None = Field(
+        None, ge=0, le=1, description="lowest cosine of the two decoded weights; that of `verify` by scheme if absent"
+    )
+    max_code_fraction: float | None = Field(
+        None, ge=0, le=1, description="part of a weight's codes that may differ; 0.5, of 8-bit codes 1, if absent"
+    )
+    max_relative_error: float | None = Field(
+        None,
+        ge=0,
+        description="norm of the difference over that of the published weight, and of the range of its inputs; what "
+        "`min_cosine` allows for equal norms if absent",
+    )
+
+
 class Release(Section):
     """A checkpoint to be made: what from, in which format, how, and with which checks."""
 
@@ -257,15 +284,25 @@ class Release(Section):
     verify: Verify = Verify()
     deploy: Deploy = Deploy()
     benchmark: str = Field("default", description="what to measure: a name in `benchmarks`")
+    reproduce: Reproduce = Reproduce()
 
     @model_validator(mode="after")
     def _patterns_compile(self):
         for pattern in self.keep:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"keep: {pattern!r} is not a regular expression ({error})") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"keep: {brief(pattern)} is not a regular expression ({error})") from error
         return self
+
+
+class HubTask(Section):
+    """A benchmark of the hub that an lm-eval task is: what its scores are filed under in .eval_results."""
+
+    dataset: str = Field(pattern=f"^{REPOSITORY.pattern}$", description="data set on the hub that has the benchmark")
+    task: str = Field(min_length=1, description="name of the task in that data set's eval.yaml")
+    metric: str = Field(min_length=1, description="the score to give, as lm-eval calls it: exact_match, acc, ...")
+    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$", description="commit of the data set")
 
 
 class Benchmark(Section):
@@ -281,6 +318,9 @@ class Benchmark(Section):
     limit: PositiveInt | None = Field(None, description="only the first rows of each task: for trials, not for a card")
     batch_size: PositiveInt = Field(16, description="rows run together")
     seed: Seed = Field(42, description="of lm-eval's choices")
+    hub: dict[str, HubTask] = Field(
+        {}, description="those tasks that are benchmarks of the hub, by name: for .eval_results of a release"
+    )
 
 
 class Target(Section):
@@ -316,6 +356,16 @@ class Target(Section):
         return self
 
 
+class Publish(Section):
+    """What is done to a finished release."""
+
+    signing_key: str | None = Field(
+        None,
+        min_length=1,
+        description="EC private key in PEM that each release is signed by, readable by you alone; unsigned if absent",
+    )
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -324,6 +374,7 @@ class Config(Section):
     benchmarks: dict[str, Benchmark] = {}
     targets: dict[str, Target] = {}
     releases: dict[str, Release]
+    publish: Publish = Publish()
     build: list[str] = Field(min_length=1, description="The releases that `model_card.md` covers, in its order.")
     device: str = Field(
         "cpu",
@@ -370,7 +421,9 @@ class Config(Section):
         for section in ("models", "calibrations", "benchmarks", "targets", "releases"):
             for name in getattr(self, section):
                 if not NAME.fullmatch(name):
-                    problems.append(f"{section}.{name}: names have letters, digits, '.', '_' and '-' only")
+                    problems.append(
+                        f"{section}.{plain(name, 80)}: names have letters, digits, '.', '_' and '-' only, 100 at most"
+                    )
         for name in self.releases:
             if name in RESERVED:
                 problems.append(f"releases.{name}: results/{name}/ is the graph's own; expected another name")
@@ -453,6 +506,16 @@ def verify_limits(release: Release) -> tuple[float, float] | None:
     )
 
 
+def reproduce_limits(limits: Reproduce, scheme: str) -> Reproduce:
+    """`limits` with those of `scheme` where they are absent; for BF16, of which nothing may differ, the strictest."""
+    usual = VERIFY_DEFAULTS[scheme][0] if scheme in VERIFY_DEFAULTS else 1.0
+    cosine = usual if limits.min_cosine is None else limits.min_cosine
+    most = {4: 0.5, 3: 0.5, 8: 1.0, 16: 0.0}[SCHEMES[scheme].weight_bits]
+    given = limits.model_dump(exclude_none=True)
+    between = math.sqrt(2 * (1 - cosine))  # of two vectors of one length
+    return Reproduce(**{"min_cosine": cosine, "max_code_fraction": most, "max_relative_error": between} | given)
+
+
 def parse(data: dict) -> Config:
     """Checks the merged YAML `data`.
 
@@ -461,25 +524,26 @@ def parse(data: dict) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _lines(problem)]
-        raise RequantError("\n".join(f"config: {line}" for line in lines)) from None
+        lines = [plain(line, 600) for problem in error.errors(include_url=False) for line in _lines(problem)]
+        more = [f"and {len(lines) - MOST_LINES} more like these"] if len(lines) > MOST_LINES else []
+        raise RequantError("\n".join(f"config: {line}" for line in [*lines[:MOST_LINES], *more])) from None
 
 
 def _lines(problem: dict) -> list[str]:
-    key = ".".join(str(part) for part in problem["loc"])
-    found = problem.get("input")
+    key = plain(".".join(map(str, problem["loc"])), 120)
+    found = brief(problem.get("input"))
     context = problem.get("ctx", {})
     kind = problem["type"]
     if kind == "value_error":
         text = str(context["error"])
         return [f"{key}.{line}" if key else line for line in text.split("\n")]
     if kind == "extra_forbidden":
-        return [f"{key}: unknown key (value {found!r}); expected: one of {', '.join(_known_keys(problem['loc']))}"]
+        return [f"{key}: unknown key (value {found}); expected: one of {', '.join(_known_keys(problem['loc']))}"]
     if kind == "missing":
         return [f"{key}: missing; expected: {_describe(problem['loc'])}"]
     if kind == "literal_error":
-        return [f"{key}: {found!r}; expected: {context['expected']}"]
-    return [f"{key}: {found!r}; expected: {problem['msg'].removeprefix('Input should be ')}"]
+        return [f"{key}: {found}; expected: {context['expected']}"]
+    return [f"{key or 'the whole'}: {found}; expected: {plain(problem['msg'].removeprefix('Input should be '))}"]
 
 
 def _section_at(location: tuple) -> type[BaseModel]:

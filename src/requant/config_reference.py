@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from requant.config import VERIFY_DEFAULTS as LIMITS
-from requant.config import Benchmark, Calibration, Config, Model, Release, Target
+from requant.config import Benchmark, Calibration, Config, Model, Publish, Release, Target
 
 INTRODUCTION = """\
 # Every key of the config
@@ -22,6 +22,7 @@ SECTIONS = (
     ("releases.{name}", Release),
     ("benchmarks.{name}", Benchmark),
     ("targets.{name}", Target),
+    ("publish", Publish),
 )
 
 
@@ -53,7 +54,7 @@ def rows(section: type[BaseModel], prefix: str) -> list[str]:
             continue
         found.append(f"| `{prefix}{name}` | {_default(default)} | {_meaning(field)} |")
         if inner is not None:
-            found += rows(inner, f"{prefix}{name}{'[]' if _lists(field.annotation) else ''}.")
+            found += rows(inner, f"{prefix}{name}{_holds_many(field.annotation)}.")
     return found
 
 
@@ -66,6 +67,13 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 def _lists(annotation: Any) -> bool:
     """Whether the key holds a list of sections, and not one."""
     return get_origin(annotation) is list or any(_lists(argument) for argument in get_args(annotation))
+
+
+def _holds_many(annotation: Any) -> str:
+    """What stands behind a key for each of its sections: [] in a list, .{name} in a mapping, nothing for just one."""
+    if get_origin(annotation) is dict:
+        return ".{name}"
+    return "[]" if _lists(annotation) else ""
 
 
 def _default(value: Any) -> str:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from requant.checkpoint import Checkpoint
+from requant.hashing import file_entry
 from requant.jobs import peak_memory_bytes, progress
 from requant.naming import released_name
 from requant.records import CopiedBlock, KeepList, write_json
@@ -39,6 +40,7 @@ def copy_block(
         tensors=len(tensors),
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
+        sha256=file_entry(out_block).sha256,
     )
     write_json(out_record, record)
     progress(f"{release} block {block} (of {model.blocks}): {len(tensors)} tensors, {record.seconds:.0f} s")

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from requant.config import Deploy, Target
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.jobs import progress
 from requant.records import Answer, DeployRecord, FileEntry, KeepList, PackRecord, read_json, write_json
-from requant.safetensors_io import file_entry
+from requant.safetensors_io import load
 from requant.serving import Server, serve, unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def smoke_test(
     prompts = choose_prompts(tokenizer, heldout_tokens(tokens), settings.prompts, settings.prompt_tokens)
     reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target)
     server, served, refusal = _serve_and_ask(
-        release, packed, reason is not None, tokenizer, prompts, settings, target, folder, server_log, threads
+        release, packed, made, reason is not None, tokenizer, prompts, settings, target, folder, server_log, threads
     )
     progress(f"{release}: replaying {sum(len(answer.steps) for answer in served)} served tokens, block by block")
     own = StreamedModel(checkpoint)
@@ -160,6 +161,7 @@ def why_decoded(stored_format: str | None, moe: bool, target: Target) -> str | N
 def _serve_and_ask(
     release: str,
     packed: Path,
+    made: PackRecord,
     decode: bool,
     tokenizer: Any,
     prompts: list[str],
@@ -178,7 +180,7 @@ def _serve_and_ask(
             progress(f"{release}: decoding the weights to BF16")
             write_decoded(packed, model)
         else:
-            mirror(packed, model)
+            mirror(packed, sorted(made.files), model)
         make_greedy(model)
         progress(f"{release}: starting the engine (log: {server_log})")
         with serve(
@@ -189,10 +191,10 @@ def _serve_and_ask(
             return server, served, refused_status(release, server, target.request_seconds)
 
 
-def mirror(packed: Path, folder: Path) -> None:
-    """Lays `packed` out in `folder`: shards as symbolic links, the small files as copies that may be edited."""
+def mirror(packed: Path, names: list[str], folder: Path) -> None:
+    """Lays the files `names` of `packed` out in `folder`: shards as links, the others as copies that may be edited."""
     folder.mkdir()
-    for path in sorted(packed.iterdir()):
+    for path in (packed / name for name in names):
         if path.suffix == ".safetensors":
             (folder / path.name).symlink_to(path.resolve())
         else:
@@ -201,9 +203,7 @@ def mirror(packed: Path, folder: Path) -> None:
 
 def heldout_tokens(path: Path) -> "torch.Tensor":
     """Held-out token ids [m, seqlen] of a token file, -1 where padded."""
-    from safetensors.torch import load_file
-
-    tokens = load_file(path)
+    tokens = load(path)
     return tokens["heldout"].masked_fill(tokens["heldout_mask"] == 0, -1)
 
 

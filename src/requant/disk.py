@@ -5,12 +5,14 @@ Arithmetic on config.json and the config alone, without torch: it runs whenever 
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from requant.config import Calibration
 from requant.errors import RequantError
 from requant.sizes import Shaped, file_bytes
+from requant.whole import REFUSALS
 
 
 def tokens_bytes(calibration: Calibration) -> int:
@@ -83,6 +85,19 @@ def check_room(files: dict[str, int]) -> None:
                 f"{folder.resolve()}: {free / 1e9:.1f} GB free; what is still to be written there takes "
                 f"{total / 1e9:.1f} GB at least (`snakemake --cores 1 plan` has it by kind)"
             )
+
+
+def check_writable(*folders: str | Path) -> None:
+    """Raises RequantError naming the first of those `folders` that are there in which no file can be written."""
+    for folder in filter(os.path.isdir, folders):
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
+        except OSError as error:
+            raise RequantError(
+                f"{Path(folder).absolute()}: {os.strerror(error.errno)}; a build writes here: "
+                f"{REFUSALS.get(error.errno, 'make the folder writable')}, then run the same command again"
+            ) from None
 
 
 def nearest_folder(path: str | Path) -> Path:

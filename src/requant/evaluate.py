@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from requant.chain import load_masks
@@ -32,6 +31,7 @@ from requant.records import (
     write_json,
 )
 from requant.routing import observe
+from requant.safetensors_io import load
 from requant.streamed import StreamedModel
 
 # What a terminal calls the models that are held against the source.
@@ -124,13 +124,13 @@ def evaluate(
     torch.set_num_threads(threads)
     original, packed = StreamedModel(Checkpoint(source, keep), device), PackedCheckpoint(packed_dir)
     shipped = StreamedModel(packed, device)
-    tokens_file = load_file(tokens_path)
+    tokens_file = load(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
-    reference = load_file(hidden[0])["heldout"]
+    reference = load(hidden[0], "heldout")["heldout"]
     chains = {"rounded": Chain(reference)} if packed.scheme.quantizes else {}
     chains["quantized"] = Chain(reference)
     for index in range(original.blocks):
-        reference = load_file(hidden[index + 1])["heldout"]
+        reference = load(hidden[index + 1], "heldout")["heldout"]
         chains["quantized"].advance(original, shipped.block(index, quantize_activations=True), reference, mask)
         if "rounded" in chains:
             chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
@@ -166,7 +166,7 @@ def against_original(
     quantization together. Nothing without the `end` of that model's chain."""
     if end is None:
         return {}
-    found = tally(model, load_file(end)["heldout"], {"quantized": hidden}, tokens, mask)
+    found = tally(model, load(end, "heldout")["heldout"], {"quantized": hidden}, tokens, mask)
     return {"original": found["source"].quality(), "against_original": found["quantized"].quality()}
 
 
@@ -184,12 +184,12 @@ def evaluate_pruned(
     start = time.monotonic()
     torch.set_num_threads(threads)
     original, pruned = (StreamedModel(Checkpoint(source, kept), device) for kept in (None, keep))
-    tokens_file = load_file(tokens_path)
+    tokens_file = load(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
-    reference = load_file(hidden[0])["heldout"]
+    reference = load(hidden[0], "heldout")["heldout"]
     chain = Chain(reference)
     for index in range(original.blocks):
-        reference = load_file(hidden[index + 1])["heldout"]
+        reference = load(hidden[index + 1], "heldout")["heldout"]
         chain.advance(pruned, pruned.block(index), reference, mask)
         progress(f"{keep.model}: block {index} (of {original.blocks}), hidden-state MSE {chain.errors[-1]:.3e}")
     tallies = tally(original, reference, {"pruned": chain.hidden}, tokens, mask)

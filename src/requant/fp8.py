@@ -8,7 +8,7 @@ the factor of its block; blocks at the right and lower edge may be smaller. (Dee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 from requant.records import TensorEntry
 from requant.safetensors_io import read_tensors
 
@@ -28,17 +28,21 @@ def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise RequantError(
+            f"config.json: quantization_config: {brief(quantization)}; expected keys and values, or no such key"
+        )
     expected = {"quant_method": ["fp8"], "fmt": ["e4m3", None]}
     for key, values in expected.items():
         if quantization.get(key) not in values:
             raise RequantError(
-                f"config.json: quantization_config.{key}: {quantization.get(key)!r}; expected {values[0]!r}, or a "
+                f"config.json: quantization_config.{key}: {brief(quantization.get(key))}; expected {values[0]!r}, or a "
                 "checkpoint that is not quantized"
             )
     size = quantization.get("weight_block_size")
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 2**31 for n in size)):
         raise RequantError(
-            f"config.json: quantization_config.weight_block_size: {size!r}; expected [rows, columns], as [128, 128]"
+            f"config.json: quantization_config.weight_block_size: {brief(size)}; expected [rows, columns], [128, 128]"
         )
     return size[0], size[1]
 

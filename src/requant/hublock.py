@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.hub import COMMIT, file_url, first_bytes, get, patiently
 from requant.locks import index_agrees
 from requant.records import FileEntry, Lock, TensorEntry
-from requant.safetensors_io import HEADER_LIMIT, file_entry, header_of
+from requant.safetensors_io import HEADER_LIMIT, header_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling

@@ -1,51 +1,144 @@
-"""Which modules of this library a script imports: what makes its results stale when it changes.
+"""What a script computes with: the modules of this library that it imports, the files they read, other libraries.
 
-Snakemake notices a changed script but not a changed module behind it. The rules declare what this module finds by
-parsing, so that no list is kept by hand. Imports inside functions count too.
+Snakemake notices a changed script, but neither a changed module behind it nor a changed library. The rules declare
+what is found here by parsing, so that no list is kept by hand. Imports inside functions count too; those for type
+checkers do not.
+
+A module that names, carries and reports, but gives no number its value, says so itself: `COMPUTES = False`, with the
+reason. It is left out, with what it imports. Any other module computes.
 """
 
 import ast
+import hashlib
+import os
+import platform
+import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+from requant.distributions import versions_behind
 
 PACKAGE = "requant"
-
-# Modules that name, carry and report but compute nothing: values reach a job as params, records are checked when they
-# are read, files from the hub by `locks`. A new field of a record must not cost hours of tuning.
-NOT_COMPUTING = ("__init__", "config", "download", "errors", "hub", "imports", "jobs", "records", "whole")
+COMPUTES = False  # what is found here decides whether a job runs, not what it writes
 
 
 def modules_of(script: str | Path, source_root: str | Path) -> list[str]:
-    """Files of the package under `source_root` that `script` imports, directly or through one another, sorted.
+    """Files of the package under `source_root` that `script` computes with, sorted: the modules that it imports,
+    directly or through one another, and the files and folders beside them that their strings name (templates)."""
+    modules = _behind(Path(script), Path(source_root))
+    return sorted(map(str, modules.union(*(_named_files(path, Path(source_root)) for path in modules))))
 
-    Those that compute nothing are left out.
+
+def code_of(script: str | Path, source_root: str | Path) -> list[str]:
+    """`script` and its `modules_of`, each as its name and a digest of what it says: "requant/fused.py 0a1b2c3d4e5f".
+
+    Comments, docstrings and layout of Python code change no digest, nor does the place of the checkout.
+    """
+    script, root = Path(script), Path(source_root)
+    named = {path.relative_to(root).as_posix(): path for path in map(Path, modules_of(script, root))}
+    named = {f"{script.parent.name}/{script.name}": script} | named
+    return [f"{name} {_digest(path, root)}" for name, path in named.items()]
+
+
+def libraries_of(script: str | Path, source_root: str | Path) -> list[str]:
+    """What else `script` runs on, as "name==version": Python, and each installed distribution that it imports, directly
+    or through modules that compute, with what those require in turn.
+
+    Where the environment variable REQUANT_ENVIRONMENT is set (the Nix store path of an environment), it is one more.
     """
     root = Path(source_root)
-    found: set[Path] = set()
-    waiting = list(_imports(Path(script), root))
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            waiting += _imports(module, root)
-    return sorted(str(module) for module in found if module.stem not in NOT_COMPUTING)
+    behind = [Path(script), *_behind(Path(script), root)]
+    imported = {name.partition(".")[0] for path in behind for name in _said(path, root).imports}
+    found = {"python": platform.python_version()} | versions_behind(frozenset(imported - {PACKAGE}))
+    if environment := os.environ.get("REQUANT_ENVIRONMENT"):
+        found["environment"] = environment
+    return [f"{name}=={version}" for name, version in found.items()]
+
+
+class _Said(NamedTuple):
+    """What the code of a file says, without docstrings and what is for type checkers."""
+
+    code: str
+    imports: frozenset[str]
+    strings: frozenset[str]
+    computes: bool
 
 
 @cache
-def _imports(path: Path, root: Path) -> frozenset[Path]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+def _said(path: Path, root: Path) -> _Said:
+    tree = _Stripped().visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+    package = path.relative_to(root).parent.parts if path.is_relative_to(root) else ()
+    imports: set[str] = set()
+    strings: set[str] = set()
+    computes = True
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = (_file(name, root) for name in names if name.partition(".")[0] == PACKAGE)
-    return frozenset(file for file in files if file is not None)
+            imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            imports |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+        elif isinstance(node, ast.Assign) and ast.unparse(node) == "COMPUTES = False":
+            computes = False
+    return _Said(ast.dump(tree), frozenset(imports), frozenset(strings), computes)
+
+
+class _Stripped(ast.NodeTransformer):
+    """Takes docstrings out of a tree, and branches that only a type checker takes."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Visits the children of a node that has lost its docstring."""
+        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_docstring and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        return super().generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        """The `else` of an `if TYPE_CHECKING`."""
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            return [self.visit(statement) for statement in node.orelse]
+        return self.generic_visit(node)
+
+
+def _behind(script: Path, root: Path) -> set[Path]:
+    """The modules that `script` computes with."""
+    found: set[Path] = set()
+    waiting = list(_modules(script, root))
+    while waiting:
+        module = waiting.pop()
+        if module not in found and _said(module, root).computes:
+            found.add(module)
+            waiting += _modules(module, root)
+    return found
+
+
+def _modules(path: Path, root: Path) -> set[Path]:
+    """Modules of the package that a file imports, or names in a string as a command would (`python -m`)."""
+    said = _said(path, root)
+    named = {text for text in said.strings if re.fullmatch(rf"{PACKAGE}(\.\w+)+", text)}
+    own = {name for name in said.imports | named if name.partition(".")[0] == PACKAGE}
+    return set(filter(None, (_file(name, root) for name in own)))
 
 
 def _file(name: str, root: Path) -> Path | None:
     path = root.joinpath(*name.split("."))
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.exists():
-            return candidate
-    return None
+    return next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.exists()), None)
+
+
+def _named_files(module: Path, root: Path) -> set[Path]:
+    """Files in the folder of a module that are no Python and that a string of it names, alone or by their folder."""
+    names = (
+        text for text in _said(module, root).strings if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", text)
+    )
+    places = [place for name in names if (place := module.parent / name).exists()]
+    files = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
+    return {file for file in files if file.is_file() and file.suffix not in (".py", ".pyc")}
+
+
+@cache
+def _digest(path: Path, root: Path) -> str:
+    content = _said(path, root).code.encode() if path.suffix == ".py" else path.read_bytes()
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -6,42 +6,65 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from requant.errors import RequantError
 
+COMPUTES = False  # what surrounds a job: its log, its errors, its end
+
 
 @contextlib.contextmanager
-def job(log_path: str) -> Iterator[None]:
+def job(log_path: str, inputs: Iterable[str] = ()) -> Iterator[None]:
     """Runs a job's body: output of libraries goes to the log, an error becomes one line on stderr that names the log.
 
     `progress` lines go to both. The process ends with its parent: after SIGKILL of the build no job may go on
-    writing beside the one that takes its place.
+    writing beside the one that takes its place. Those of the job's `inputs` that an earlier job has hashed are held
+    against that (`requant.intact`).
     """
     path = Path(log_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _end_with_parent()
     terminal = os.dup(2)
-    with path.open("w", encoding="utf-8", buffering=1) as log:
+    with _log(path) as log:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         _TERMINAL.append(terminal)
         try:
+            _check_inputs(inputs)
             yield
         except RequantError as error:
-            traceback.print_exc()
-            progress(f"error: {error} (see {path})")
-            _exit_failed()
+            _end_with(str(error), path)
         except Exception as error:
-            traceback.print_exc()
-            progress(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (see {path})")
-            _exit_failed()
+            _end_with(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", path)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
+
+
+def _check_inputs(inputs: Iterable[str]) -> None:
+    if inputs:
+        from requant.intact import check_inputs
+
+        check_inputs(inputs)
+
+
+def _log(path: Path) -> TextIO:
+    """The log, opened for writing; none where the disk takes it not: what the job says of that goes to the terminal."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8", buffering=1)
+    except OSError as error:
+        progress(f"warning: {path}: no log: {os.strerror(error.errno)}")
+        return open(os.devnull, "w", encoding="utf-8")
+
+
+def _end_with(message: str, log: Path) -> NoReturn:
+    with contextlib.suppress(OSError):
+        traceback.print_exc()
+    progress(f"error: {message} (see {log})")
+    _exit_failed()
 
 
 SHELLS = ("sh", "bash", "dash", "zsh")
@@ -53,7 +76,8 @@ def progress(message: str) -> None:
     line = f"{time.strftime('%H:%M:%S')} {message}\n"
     if _TERMINAL:
         os.write(_TERMINAL[-1], line.encode())
-        os.write(2, line.encode())
+        with contextlib.suppress(OSError):  # a full disk takes no log
+            os.write(2, line.encode())
     else:
         sys.stderr.write(line)
 
@@ -65,9 +89,14 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _exit_failed() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+
+
+def _exit_failed() -> NoReturn:
+    _flush()
     os._exit(1)  # the line above says it all: no second traceback by the caller
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import hashlib
+import re
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,18 @@ from typing import Any
 from requant import fp8
 from requant.architecture import block_count, block_of, expert_counts, family
 from requant.checkpoint import INDEX, Checkpoint
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
+from requant.hashing import file_entry
 from requant.naming import entries
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json
-from requant.safetensors_io import file_entry, read_header
+from requant.safetensors_io import DTYPE_BYTES, LARGEST_RANK, read_header, tensor_digests
+from requant.untrusted import is_file_name, is_tensor_name
 
 # The dtype of what is not in FP8, and the tensors that DeepSeek's code has in float32.
 DTYPE = "BF16"
+SHA256 = re.compile(r"[0-9a-f]{64}")
+REVISION = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
+LARGEST = 2**63  # no size, offset or extent is as large
 FLOAT32_TENSORS = (
     "e_score_correction_bias",
     "indexer.k_norm.weight",
@@ -99,7 +106,17 @@ def check_file(directory: str | Path, name: str, lock: Lock | None) -> FileEntry
             raise RequantError(
                 f"{path}: {differing}: {tensors.get(differing)} found; the lock expects {expected.get(differing)}"
             )
+    if name == "config.json" and Checkpoint(directory).stored_config != lock.config:
+        raise RequantError(f"{path}: the lock of {lock.model} has other settings; take the lock from version control")
     return found
+
+
+def checked_file(directory: str | Path, name: str, lock: Lock | None) -> CheckedFile:
+    """The record of a file that `check_file` lets pass, with the digest of each of its tensors."""
+    start = time.monotonic()
+    entry, path = check_file(directory, name, lock), Path(directory) / name
+    tensors = tensor_digests(path) if name.endswith(".safetensors") else {}
+    return CheckedFile(**entry.model_dump(), tensors=tensors, seconds=time.monotonic() - start)
 
 
 def source_record(
@@ -175,15 +192,59 @@ def shared_experts(config: dict, tensors: list[str]) -> int:
     return config.get("n_shared_experts", 1) if any(".shared_experts." in name for name in tensors) else 0
 
 
+REMEDY = "take it from version control, or make it anew by the job `lock`"
+
+
+def check_lock(path: str | Path, lock: Lock) -> None:
+    """Raises RequantError naming an entry that no lock has: a path for a name, a hash of another format, a tensor in a
+    file that is not locked or beyond its end.
+    """
+    if not REVISION.fullmatch(lock.revision):
+        raise RequantError(
+            f"{path}: revision: {brief(lock.revision)}; expected a commit of 40 hex digits, or sha256:...; {REMEDY}"
+        )
+    for name, entry in lock.files.items():
+        if not is_file_name(name):
+            raise RequantError(f"{path}: files: {brief(name)}; expected a file name without a path; {REMEDY}")
+        if not SHA256.fullmatch(entry.sha256):
+            raise RequantError(f"{path}: {name}: sha256 {brief(entry.sha256)}; expected 64 hex digits; {REMEDY}")
+        if not 0 <= entry.size < LARGEST:
+            raise RequantError(f"{path}: {name}: size {brief(entry.size)}; expected a number of bytes; {REMEDY}")
+    for name, entry in lock.tensors.items():
+        if wrong := _wrong_in(name, entry, lock.files):
+            raise RequantError(f"{path}: tensors: {brief(name)}: {wrong}; {REMEDY}")
+
+
+def _wrong_in(name: str, entry: TensorEntry, files: dict[str, FileEntry]) -> str | None:
+    """What is wrong with a tensor of a lock, and what was expected; None if nothing is."""
+    if not is_tensor_name(name):
+        return "expected a tensor's name, printable and not too long"
+    if entry.shard not in files:
+        return f"shard {brief(entry.shard)}; expected one of `files`"
+    if entry.dtype not in DTYPE_BYTES:
+        return f"dtype {brief(entry.dtype)}; expected one of {', '.join(DTYPE_BYTES)}"
+    if len(entry.shape) > LARGEST_RANK or not all(0 <= extent < LARGEST for extent in entry.shape):
+        return f"shape {brief(entry.shape)}; expected numbers of 0 or more"
+    end, size = entry.offset + elements(entry) * DTYPE_BYTES[entry.dtype], files[entry.shard].size
+    if not 0 <= entry.offset <= end <= size:
+        return f"bytes {brief(entry.offset)}..{brief(end)}; expected some of the {size} of {entry.shard}"
+    return None
+
+
 def load_lock(path: str | Path) -> Lock:
-    """The lock in `path`. RequantError if it is missing or of another shape.
+    """The lock in `path`. RequantError if it is missing, of another shape, of other files than it says, or says what
+    can't be (`check_lock`).
 
     Python's collector of cycles rests meanwhile: it would walk the growing mass of entries again and again.
     """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return read_json(path, Lock, "take it from version control, or make it anew by the job `lock`")
+        lock = read_json(path, Lock, REMEDY)
+        check_lock(path, lock)
     finally:
         if collecting:
             gc.enable()
+    if lock.revision.startswith("sha256:") and lock.revision != (wanted := revision_of(lock.files)):
+        raise RequantError(f"{path}: revision: {lock.revision} found; its files give {wanted}; {REMEDY}")
+    return lock

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 from requant.records import TensorEntry
 from requant.safetensors_io import DTYPE_BYTES
 
 STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")  # keys of config.json, by family
+
+MOST_EXPERTS = 10_000  # of a block; many times those of any model there is
 
 MIXTRAL_MOE = re.compile(r"(model\.layers\.\d+)\.block_sparse_moe\.(?:(experts\.\d+)\.(w[123])\b)?")
 MIXTRAL_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -86,8 +88,11 @@ def _places_of(stored: str, config: dict[str, Any]) -> Iterable[tuple[str, Place
 
 def _experts(config: dict[str, Any], stored: str) -> int:
     count = next((config[key] for key in EXPERT_COUNTS if key in config), None)
-    if not isinstance(count, int) or count < 1:
-        raise RequantError(f"config.json: experts: {count!r} found; expected their number, for {stored} holds them all")
+    if type(count) is not int or not 1 <= count <= MOST_EXPERTS:
+        raise RequantError(
+            f"config.json: experts: {brief(count)} found; expected their number, {MOST_EXPERTS} or less, for {stored} "
+            "holds them all"
+        )
     return count
 
 

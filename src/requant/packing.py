@@ -16,10 +16,11 @@ from requant.blocks import NOT_FOR_TRANSFORMERS
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.locks import elements, shared_experts, tensors_of
 from requant.naming import module_name, released_name
 from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
-from requant.safetensors_io import DTYPE_BYTES, file_entry, read_header, save
+from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
 from requant.schemes import SCHEMES
 from requant.whole import written_whole
 
@@ -64,6 +65,8 @@ def pack(
     blocks = checkpoint.config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
     quantizing = range(blocks if scheme.quantizes else 0)
+    for block in range(blocks):
+        load(blocks_dir / f"{block}.safetensors")  # raises if a bit flipped since it was written
     records = [read_json(blocks_dir / f"{block}.json", BlockRecord) for block in quantizing]
     linked = [
         link_or_copy(blocks_dir / f"{block}.safetensors", out / shard_name(block + 1, blocks))

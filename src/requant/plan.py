@@ -17,9 +17,9 @@ from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
 from requant.duration import observation, read_rates, seconds_on, stages
 from requant.errors import RequantError
-from requant.locks import check_stored, load_lock, tensors_of
+from requant.locks import load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
-from requant.preflight import check_numbers
+from requant.preflight import check_model, check_numbers
 from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
@@ -35,7 +35,8 @@ class Subject:
     of its `download.HubModel` if it is from the hub.
 
     pruned_from: the model that this directory is of, if the release's is pruned, by `prune`, as observed on `observed`.
-    device: what models run on outside of tuning.
+    device: what models run on outside of tuning. publishing: rules that it goes through and others do not
+    (eval_results, sign).
     """
 
     release: str
@@ -49,6 +50,7 @@ class Subject:
     prune: Prune | None = None
     observed: Calibration | None = None
     device: str = "cpu"
+    publishing: tuple[str, ...] = ()
 
     @property
     def files_of(self) -> str:
@@ -104,8 +106,7 @@ def source_of(directory: str, lock_path: str | None, repository: dict[str, str |
 
 def _locked(directory: str, lock_path: str, repository: dict[str, str | None] | None) -> Source:
     lock = load_lock(lock_path)
-    check_numbers(lock_path, lock.config)
-    check_stored(lock_path, lock.config, lock.tensors)
+    check_model(lock_path, lock.config, lock.tensors)
     sizes = {name: entry.size for name, entry in lock.files.items()}
     stored = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
     known = structure.from_tensors(lock.config, lock.tensors, stored, "lock")
@@ -123,7 +124,7 @@ def _local(directory: str) -> Source:
         known = structure.from_config(checkpoint.config)
         return Source(known, None, known.stored)
     tensors = tensors_of(directory)
-    check_stored(directory, checkpoint.config, tensors)
+    check_model(directory, checkpoint.config, tensors)
     stored = sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards)
     return Source(structure.from_tensors(checkpoint.config, tensors, stored, "headers"), checkpoint.files, 0)
 
@@ -307,7 +308,7 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
         quantizes = SCHEMES[settings.scheme].quantizes
         any_quantized = any_quantized or quantizes
         found.update({"quantize" if quantizes else "copy_block": blocks})
-        found.update([*PER_RELEASE, *(["plot_release"] if quantizes else [])])
+        found.update([*PER_RELEASE, *subject.publishing, *(["plot_release"] if quantizes else [])])
         once |= {(source.check, files, name) for name in source.files or ()}
         once |= {("source", files), ("benchmark_source", model, settings.benchmark)}
         for walked, name, calibration in subject.chains():
@@ -338,7 +339,7 @@ def pruning_jobs(subject: Subject, blocks: int) -> set[tuple]:
     return found
 
 
-PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "release_card")
+PER_RELEASE = ("pack", "verify", "evaluate", "deploy", "benchmark", "provenance", "sbom", "release_card", "checksums")
 
 
 def texts(calibration: Calibration) -> list[TextSource]:

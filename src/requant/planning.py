@@ -26,7 +26,8 @@ def text_files(calibration: str, settings: dict) -> list[str]:
         for number, source in enumerate(sources or []):
             path = source["path"]
             if not made_here(path) and not Path(path).is_file():
-                raise RequantError(f"{path}: not there (calibrations.{calibration}.{section}[{number}].path)")
+                wrong = "no file; expected one" if Path(path).exists() else "not there"
+                raise RequantError(f"{path}: {wrong} (calibrations.{calibration}.{section}[{number}].path)")
             found.append(path)
     return found
 
@@ -38,7 +39,8 @@ def check_locked_source(model: str, directory: str, lock: str, names: Iterable[s
     for name in names:
         path = Path(directory) / name
         if not path.is_file():
-            raise RequantError(f"{path}: not there; {lock} names it: make the lock anew if the source has changed")
+            wrong = "no file" if path.exists() else "not there"
+            raise RequantError(f"{path}: {wrong}; {lock} names it: make the lock anew if the source has changed")
 
 
 def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from requant.records import BlockRecord, EvaluateRecord, KeepList, RoutingRecord
+from requant.whole import written_whole
 
 ROUNDED, TUNED, UNREACHED, DROPPED = "#D55E00", "#0072B2", "#E69F00", "#CC79A7"
 STYLE = {
@@ -195,9 +196,6 @@ def _plot_pairs(
 
 def _save(figure: Figure, path: str | Path) -> None:
     """Writes the PNG whole, without the date and version that matplotlib would put into it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})
     plt.close(figure)
-    partial.replace(path)

@@ -3,26 +3,113 @@
 from collections.abc import Iterable
 from typing import Any
 
-from requant.architecture import head_width
+from requant.architecture import block_count, family, head_width
 from requant.checkpoint import TOKENIZERS
 from requant.config import Calibration, Release
-from requant.errors import RequantError
-from requant.naming import EXPERT_COUNTS
+from requant.errors import RequantError, brief
+from requant.locks import check_stored
+from requant.naming import EXPERT_COUNTS, MOST_EXPERTS
+from requant.records import TensorEntry
 from requant.schemes import SCHEMES
 
 NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+LATENT_NUMBERS = (
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+)  # of multi-head latent attention
+LARGEST = 2**31 - 1
+
+
+# Numbers that not every family has. Some files write null, or 0, for what a model does without.
+OPTIONAL_NUMBERS = {
+    "max_position_embeddings": LARGEST,
+    "moe_intermediate_size": LARGEST,
+    "head_dim": LARGEST,
+    "num_key_value_heads": LARGEST,
+    "q_lora_rank": LARGEST,
+    "kv_lora_rank": LARGEST,
+    "qk_nope_head_dim": LARGEST,
+    "qk_rope_head_dim": LARGEST,
+    "v_head_dim": LARGEST,
+    "index_topk": LARGEST,
+    "index_n_heads": LARGEST,
+    "index_head_dim": LARGEST,
+    "first_k_dense_replace": LARGEST,
+    "decoder_sparse_step": LARGEST,
+    "n_shared_experts": MOST_EXPERTS,
+    "num_experts_per_tok": MOST_EXPERTS,
+    "n_group": MOST_EXPERTS,
+    "topk_group": MOST_EXPERTS,
+    "num_nextn_predict_layers": 100,
+} | dict.fromkeys(EXPERT_COUNTS, MOST_EXPERTS)
 
 
 def check_numbers(where: str, config: dict[str, Any]) -> None:
     """Raises RequantError, beginning with `where`, naming a number of config.json that no model can have."""
-    for key in NUMBERS:
-        if not isinstance(config.get(key), int) or config[key] < 1:
-            raise RequantError(f"{where}: config.json: {key}: {config.get(key)!r}; expected a number of 1 or more")
-    chosen, key = config.get("num_experts_per_tok"), next((key for key in EXPERT_COUNTS if config.get(key)), None)
-    if key and isinstance(chosen, int) and chosen > config[key]:
+    latent = config.get("kv_lora_rank") or config.get("v_head_dim")
+    for key in (*NUMBERS, *(LATENT_NUMBERS if latent else ())):
+        if type(config.get(key)) is not int or not 1 <= config[key] <= LARGEST:
+            raise RequantError(
+                f"{where}: config.json: {key}: {brief(config.get(key))}; expected a number of 1 or more, "
+                f"at most {LARGEST}"
+            )
+    try:
+        block_count(config)
+    except RequantError as error:
+        raise RequantError(f"{where}: {error}") from None
+    for key, largest in OPTIONAL_NUMBERS.items():
+        value = config.get(key)
+        if value is not None and not (type(value) is int and 0 <= value <= largest):
+            raise RequantError(f"{where}: config.json: {key}: {brief(value)}; expected a number from 0 to {largest}")
+    if not config.get("head_dim") and config["hidden_size"] < config["num_attention_heads"]:
         raise RequantError(
-            f"{where}: config.json: num_experts_per_tok: {chosen}; expected {config[key]} or less ({key})"
+            f"{where}: config.json: num_attention_heads: {config['num_attention_heads']}; expected no more than "
+            f"hidden_size, {config['hidden_size']}"
         )
+    _check_routing(where, config)
+
+
+def _check_routing(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError if a router that config.json describes has fewer experts, or groups, than it chooses."""
+    key = next((key for key in EXPERT_COUNTS if config.get(key)), None)
+    if key is None:
+        return
+    pairs = (("num_experts_per_tok", key), ("n_group", key), ("topk_group", "n_group"))
+    for chosen, of in pairs:
+        if config.get(chosen) and config.get(of) and config[chosen] > config[of]:
+            raise RequantError(
+                f"{where}: config.json: {chosen}: {config[chosen]}; expected {config[of]} or less ({of})"
+            )
+
+
+def check_model(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Raises RequantError if requant can't build the model of this config.json, or read its `tensors`.
+
+    where: the directory or lock that both are from; tensors: by the names in the files.
+    """
+    try:
+        family(config)
+    except RequantError as error:
+        raise RequantError(f"{where}: {error}") from None
+    check_numbers(where, config)
+    check_stored(where, config, tensors)
+    check_outside(where, config, tensors)
+
+
+def check_outside(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Raises RequantError if embedding, final norm or head are missing or of another shape than config.json gives."""
+    width, vocabulary = config["hidden_size"], config["vocab_size"]
+    expected = {"model.embed_tokens.weight": [vocabulary, width], "model.norm.weight": [width]}
+    if not config.get("tie_word_embeddings") or "lm_head.weight" in tensors:
+        expected["lm_head.weight"] = [vocabulary, width]
+    for name, shape in expected.items():
+        found = tensors[name].shape if name in tensors else "no such tensor"
+        if found != shape:
+            raise RequantError(
+                f"{where}: {name}: {brief(found)} found; config.json gives {shape} (vocab_size, hidden_size)"
+            )
 
 
 def check_source(model: str, blocks: Iterable[int | None], count: int, files: Iterable[str]) -> None:

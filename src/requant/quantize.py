@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from requant import __version__, autoround, fused, nvfp4
@@ -21,12 +20,13 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight, encode, plain_rounding
 from requant.errors import RequantError
 from requant.grouped import ungroup
+from requant.hashing import file_entry
 from requant.jobs import peak_memory_bytes, progress
 from requant.naming import released_name
 from requant.packed import PARTS, decoded_on, round_inputs
 from requant.records import BlockRecord, KeepList, write_json
 from requant.routing import Observation, observe
-from requant.safetensors_io import save
+from requant.safetensors_io import load, save
 from requant.schemes import SCHEMES, Scheme
 from requant.streamed import StreamedModel
 from requant.tuned import settings
@@ -180,6 +180,7 @@ def make_block(
         for name in linears
         if NEVER_TUNED.search(name) or not job.tuning.iters
     }
+    zeros = {name: zero_groups(source[f"{name}.weight"], scheme) for name in linears if name not in weights}
     del source  # a GPU has no room for it beside the tuner
     losses, kept = [], 0
     if job.tuning.iters:
@@ -193,11 +194,23 @@ def make_block(
             tuned = autoround.tune(block, model.config, str(job.source), named, *what)
         losses, kept = tuned.losses, tuned.kept
         weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
+    for name, groups in zeros.items():
+        if groups is not None:
+            weights[name].weight.unflatten(-1, (-1, scheme.group_size))[groups.to(weights[name].weight.device)] = 0
     tensors = packed_tensors(kept_as_they_are, weights, prepared.peaks, scheme)
     del weights
     shipped = shipped_block(model, job.block, tensors, linears, scheme)
     output = observe(model, shipped, hidden, mask).output
     return Made(tensors, losses or [mean_squared_error(output, targets, mask)], kept, output)
+
+
+def zero_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor | None:
+    """bool [out, groups]: the groups of `weight` [out, in] that are zero throughout; None if there are none.
+
+    They stay zero. A tuner may move them: integers have a smallest scale, 1e-5, and an offset rounds to one step of it.
+    """
+    found = weight.unflatten(-1, (-1, scheme.group_size)).abs().amax(-1) == 0
+    return found if bool(found.any()) else None
 
 
 def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path) -> BlockRecord:
@@ -210,9 +223,9 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     torch.set_num_threads(job.tuning.threads)
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
     model = StreamedModel(Checkpoint(job.source, job.kept_experts), job.tuning.device)
-    hidden = load_file(job.hidden)["calibration"]
-    targets = load_file(job.targets)["calibration"]
-    mask = load_masks(load_file(job.tokens))["calibration"]
+    hidden = load(job.hidden, "calibration")["calibration"]
+    targets = load(job.targets, "calibration")["calibration"]
+    mask = load_masks(load(job.tokens))["calibration"]
     prepared = prepare(model, job.block, scheme, job.keep, hidden, mask)
     linears, counts = prepared.linears, prepared.seen.tokens_per_expert
     shapes = {
@@ -251,6 +264,7 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         peak_memory_bytes=peak_memory_bytes(),
         threads=job.tuning.threads,
         device=job.tuning.device,
+        sha256=file_entry(out_block).sha256,
     )
     write_json(out_record, record)
     progress(

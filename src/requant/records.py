@@ -11,8 +11,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from requant.errors import RequantError
+from requant.errors import RequantError, plain
+from requant.untrusted import json_object, open_file
 from requant.whole import written_whole
+
+COMPUTES = False  # the schema of records, checked when they are read: a new field must not cost hours of tuning
 
 
 class Record(BaseModel):
@@ -21,14 +24,21 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class StageRecord(Record):
+    """A JSON file that a stage writes for later ones: with a digest of its text, so that a flipped bit is found."""
+
+
 class FileEntry(Record):
     size: int = Field(description="bytes")
     sha256: str
 
 
-class CheckedFile(FileEntry):
+class CheckedFile(FileEntry, StageRecord):
     """results/source/{model}/files/{file}.json: a file of a source, as found."""
 
+    tensors: dict[str, str] = Field(
+        {}, description="of a shard: XXH3 of each tensor, against which each reading is held"
+    )
     seconds: float = Field(description="of hashing and comparing")
 
 
@@ -49,7 +59,7 @@ class Lock(Record):
     config: dict[str, Any]
 
 
-class SourceRecord(Record):
+class SourceRecord(StageRecord):
     """The outcome of checking the shards against the lock. results/source/{model}/source.json."""
 
     model: str
@@ -87,7 +97,7 @@ class TokenSetRecord(Record):
     sources: list[TextSourceRecord]
 
 
-class CalibrationRecord(Record):
+class CalibrationRecord(StageRecord):
     """results/calibration/{model}/{calibration}/calibration.json"""
 
     model: str
@@ -101,7 +111,7 @@ class CalibrationRecord(Record):
     seconds: float
 
 
-class RoutingRecord(Record):
+class RoutingRecord(StageRecord):
     """results/reference/{model}/{calibration}/routing_{block}.json"""
 
     model: str
@@ -116,7 +126,7 @@ class RoutingRecord(Record):
     device: str = "cpu"
 
 
-class KeepList(Record):
+class KeepList(StageRecord):
     """results/{model}/prune/keep.json: the experts of a model that a pruned one has."""
 
     model: str = Field(description="the pruned model")
@@ -134,7 +144,7 @@ class KeepList(Record):
     )
 
 
-class BlockRecord(Record):
+class BlockRecord(StageRecord):
     """results/{release}/blocks/{block}.json"""
 
     release: str
@@ -166,9 +176,10 @@ class BlockRecord(Record):
     threads: int
     device: str
     libraries: dict[str, str] = Field(description="versions of the libraries that the bytes depend on")
+    sha256: str = Field(description="of the block's file")
 
 
-class CopiedBlock(Record):
+class CopiedBlock(StageRecord):
     """results/{release}/blocks/{block}.json of a release in BF16, whose blocks are the source's."""
 
     release: str
@@ -177,9 +188,10 @@ class CopiedBlock(Record):
     tensors: int = Field(description="by their names in the release: one for each expert and projection")
     seconds: float
     peak_memory_bytes: int = Field(description="largest resident memory of the process")
+    sha256: str = Field(description="of the block's file")
 
 
-class PackRecord(Record):
+class PackRecord(StageRecord):
     """results/{release}/pack.json: counted from the tensors of the packed checkpoint."""
 
     release: str
@@ -214,7 +226,7 @@ class TensorCheck(Record):
     sqnr_db: float = Field(description="10 log10(sum w^2 / sum error^2)")
 
 
-class VerifyRecord(Record):
+class VerifyRecord(StageRecord):
     """results/{release}/verify.json: the release against the source. Null are figures that need quantized weights."""
 
     release: str
@@ -246,7 +258,7 @@ class ModelQuality(Record):
     top1_agreement: float = Field(description="part of the tokens whose most likely next token is the source's")
 
 
-class EvaluateRecord(Record):
+class EvaluateRecord(StageRecord):
     """results/{release}/evaluate.json: on the held-out tokens."""
 
     release: str
@@ -273,7 +285,7 @@ class EvaluateRecord(Record):
     device: str = "cpu"
 
 
-class PruneEvaluateRecord(Record):
+class PruneEvaluateRecord(StageRecord):
     """results/{model}/prune/evaluate.json: a pruned model against the original, on the held-out tokens."""
 
     model: str = Field(description="the pruned model")
@@ -298,7 +310,7 @@ class Answer(Record):
     source_answer_differs: bool = Field(description="the source model would have chosen another token somewhere")
 
 
-class DeployRecord(Record):
+class DeployRecord(StageRecord):
     """results/{release}/deploy.json"""
 
     release: str
@@ -331,7 +343,7 @@ class Score(Record):
     samples: int
 
 
-class BenchmarkRecord(Record):
+class BenchmarkRecord(StageRecord):
     """results/{release}/benchmark.json and results/reference/{model}/benchmark/{benchmark}.json"""
 
     subject: str = Field(description="the release or model that was measured")
@@ -444,10 +456,21 @@ class PlanRecord(Record):
 
 R = TypeVar("R", bound=Record)
 
+DIGEST = "xxh3_64"  # the key of a record's digest in its file
+
 
 def write_json(path: str | Path, record: Record) -> None:
-    """Writes `record` whole: to a temporary name beside `path`, then renamed."""
-    write_text(path, json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
+    """Writes `record` whole: to a temporary name beside `path`, then renamed. That of a stage gets its digest."""
+    data = record.model_dump(mode="json")
+    if isinstance(record, StageRecord):
+        data[DIGEST] = _digest(data)
+    write_text(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def _digest(data: dict[str, Any]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(json.dumps(data, sort_keys=True).encode())
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -462,12 +485,27 @@ def read_keep(paths: Sequence[str | Path]) -> KeepList | None:
 
 
 def read_json(path: str | Path, kind: type[R], remedy: str = "delete it to rebuild") -> R:
-    """Reads the record of `kind` in `path`. RequantError if it is absent, or, with a `remedy`, of another shape."""
+    """Reads the record of `kind` in `path`.
+
+    RequantError if it is absent, or, with a `remedy`, of another shape or not as its stage wrote it.
+    """
+    with open_file(path, f"a {kind.__name__} written by its stage") as file:
+        data = file.read()
     try:
-        return kind.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RequantError(f"{path}: not there; expected a {kind.__name__} written by its stage") from None
+        found = json_object(data, path, f"a {kind.__name__}; {remedy}")
+        if issubclass(kind, StageRecord):
+            data = _held(found, data, path, remedy)
+        return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise RequantError(f"{path}: {key}: {first['msg']}; expected a {kind.__name__}; {remedy}") from None
+        first = error.errors(include_url=False)[0]
+        key = plain(".".join(str(part) for part in first["loc"]), 80) or "the file"
+        raise RequantError(f"{path}: {key}: {plain(first['msg'])}; expected a {kind.__name__}; {remedy}") from None
+
+
+def _held(found: dict, data: bytes, path: str | Path, remedy: str) -> bytes:
+    """The record of a stage without its digest. RequantError if it has one and that is not of this record."""
+    if DIGEST not in found:
+        return data
+    if (kept := found.pop(DIGEST)) != (digest := _digest(found)):
+        raise RequantError(f"{path}: changed since it was written: {DIGEST} {digest} found, {kept} expected; {remedy}")
+    return json.dumps(found).encode()

@@ -7,14 +7,16 @@ no rows.
 """
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
 from requant.errors import RequantError
-from requant.whole import written_whole
+from requant.records import write_text
 
 COLUMNS = ("expert", "group", "tokens", "frequency", "weighted_frequency", "saliency", "mass")
+DIGEST_LINE = "# xxh3_64 "
 
 
 def table_of(tokens: Sequence[int], gates: Sequence[float], mass: Sequence[float], groups: int) -> pd.DataFrame:
@@ -28,15 +30,16 @@ def table_of(tokens: Sequence[int], gates: Sequence[float], mass: Sequence[float
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:
-    """Writes the table as CSV, whole; floats with all their digits."""
-    with written_whole(path) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n")
+    """Writes the table as CSV, whole; floats with all their digits. Its last line, a comment, has its digest."""
+    text = table.to_csv(index=False, lineterminator="\n")
+    write_text(path, f"{text}{DIGEST_LINE}{_digest(text)}\n")
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Reads what `write_table` wrote. RequantError if it is absent or has other columns."""
+    """Reads what `write_table` wrote. RequantError if it is absent, has other columns, or has changed since."""
     try:
-        table = pd.read_csv(path)
+        text, found, kept = Path(path).read_text(encoding="utf-8").partition(DIGEST_LINE)
+        table = pd.read_csv(StringIO(text))
     except FileNotFoundError:
         raise RequantError(f"{path}: not there; expected a table of saliencies written by its stage") from None
     except ValueError as error:
@@ -45,4 +48,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise RequantError(
             f"{path}: columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}; delete it to rebuild"
         )
+    if not found or _digest(text) != kept.strip():
+        raise RequantError(f"{path}: not as it was written, by its last line; delete it to rebuild")
     return table
+
+
+def _digest(text: str) -> str:
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(text.encode())

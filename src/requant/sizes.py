@@ -5,7 +5,7 @@ Nothing here opens a file or imports torch. Sizes are those that `encoding.encod
 
 from typing import NamedTuple
 
-from requant.safetensors_io import DTYPE_BYTES
+from requant.safetensors_io import DIGEST_LENGTH, DIGESTS, DTYPE_BYTES
 from requant.schemes import Scheme
 
 # safetensors 0.8 stores a file's tensors by dtype, in this order, and then by name.
@@ -69,7 +69,8 @@ def tensor_bytes(tensors: dict[str, Shaped]) -> int:
 
 def file_bytes(tensors: dict[str, Shaped]) -> int:
     """Bytes of the safetensors file that `safetensors_io.save` makes of `tensors`: length, header and values."""
-    header, start = len('{"__metadata__":{"format":"pt"}}'), 0
+    metadata = len('{"__metadata__":{"format":"pt","":""}}') + len(DIGESTS) + DIGEST_LENGTH * (len(tensors) + 1)
+    header, start = metadata, 0
     for name in sorted(tensors, key=lambda name: (DTYPE_ORDER.index(tensors[name].dtype), name)):
         dtype, shape = tensors[name]
         end = start + tensors[name].bytes

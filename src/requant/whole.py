@@ -1,24 +1,70 @@
 """Files appear whole: written under a temporary name beside their place, then renamed."""
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from requant.errors import RequantError
+
+COMPUTES = False  # where bytes go, not which
+
+# Why a disk takes no more, and what to do about it.
+REFUSALS = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "make the disk writable",
+    errno.EACCES: "make the folder writable",
+    errno.EPERM: "make the folder writable",
+    errno.EIO: "check the disk",
+}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it takes the name `path` when the block ends, and is gone if that fails.
 
-    What a killed writer of the same file left behind is removed first.
+    What a killed writer of the same file left behind is removed first. The bytes are on the disk before the name is:
+    no power cut leaves a file of that name without them. Raises RequantError naming the file if the disk refuses it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*.partial"):
+            leftover.unlink(missing_ok=True)
         yield partial
+        _to_disk(partial)
         os.replace(partial, path)
+    except Exception as error:
+        if (code := refusal(error, path.parent)) is None:
+            raise
+        raise RequantError(
+            f"{path}: not written: {os.strerror(code)}; {REFUSALS[code]}, then run the same command again"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def refusal(error: Exception, folder: Path) -> int | None:
+    """The number of the system's error if `error` says that the disk of `folder` takes nothing; None for others."""
+    if isinstance(error, OSError) and error.filename and not Path(error.filename).is_relative_to(folder):
+        return None
+    named = _OS_ERROR.search(str(error))
+    code = error.errno if isinstance(error, OSError) else int(named.group(1)) if named else None
+    return code if code in REFUSALS else None
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_symlink():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,12 +5,16 @@ import json
 from pathlib import Path
 
 from requant.card import ReleaseFacts, load_release
-from requant.provenance import Provenance, collect
+from requant.config import parse
+from requant.environment import Machine
+from requant.provenance import Provenance, Statement, collect, dependencies, statement
 from requant.saliency import table_of, write_table
+from requant.standalone import standalone
 
 EXPERTS = 16
 RELEASE = {"model": "alpha", "calibration": "default", "blocks": 6, "benchmark": "default"}
 BASE = {"base_model": "some-org/alpha", "license": "mit"}
+MACHINE = Machine(system="Linux", architecture="x86_64", cpu="some processor", gpus=[])
 NVFP4, W3A16, BF16 = "alpha-nvfp4", "alpha-w3a16", "alpha-bf16"
 
 
@@ -171,6 +175,7 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
                 "threads": 1,
                 "device": "cpu",
                 "libraries": {"torch": "2.13.0", "transformers": "5.23.0"},
+                "sha256": sha((release, block)),
             },
         )
     names = [name for block in range(blocks) for name in weights_of(block, not dense and block > 0)]
@@ -327,7 +332,11 @@ def make_copied(root: Path) -> None:
     folder = f"results/{BF16}"
     for block in range(RELEASE["blocks"]):
         record = {"release": BF16, "block": block, "scheme": "BF16", "tensors": 31 + block, "seconds": 3.21 + block}
-        write(root, f"{folder}/blocks/{block}.json", record | {"peak_memory_bytes": 1_301_000_000 + block})
+        write(
+            root,
+            f"{folder}/blocks/{block}.json",
+            record | {"peak_memory_bytes": 1_301_000_000 + block, "sha256": sha((BF16, block))},
+        )
     tensors = json.loads((root / folder / "verify.json").read_text())["source_tensors"]
     none = ("lowest_cosine", "lowest_cosine_tensor", "highest_relative_mae", "mean_cosine", "mean_relative_mae")
     none += ("mean_sqnr_db", "public_decoder")
@@ -349,7 +358,24 @@ def load(root: Path, release=NVFP4, **changes) -> ReleaseFacts:
 
 def provenance_of(facts: ReleaseFacts, commit: str | None = "0123abc") -> Provenance:
     pruning = (facts.pruning.keep, facts.pruning.calibration) if facts.pruning else ()
-    return collect(facts.source, facts.calibration, facts.blocks, facts.pack, facts.base_model, commit, *pruning)
+    records = (facts.source, facts.calibration, facts.blocks, facts.pack)
+    return collect(*records, facts.base_model, commit, MACHINE, *pruning)
+
+
+def statement_of(facts: ReleaseFacts, others: dict | None = None) -> Statement:
+    """provenance.json of a release, with a config that builds it as far as records tell."""
+    config = parse(
+        {
+            "models": {"alpha": {"path": "/private/alpha"}},
+            "releases": {facts.name: {"model": "alpha", "scheme": facts.pack.scheme}},
+            "build": [facts.name],
+        }
+    )
+    alone = standalone(config, facts.name)
+    code = {"requant": {"sha256": sha("code")}} | (others or {})
+    resolved = dependencies(facts.source, [facts.calibration], alone, code)
+    versions = {"python": "3.11.2", "requant": "0.1.0", "torch": "2.13.0"}
+    return statement(provenance_of(facts, None), alone, resolved, facts.blocks or facts.copied, versions)
 
 
 def change(root: Path, path: str, edit) -> None:

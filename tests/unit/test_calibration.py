@@ -134,8 +134,8 @@ def test_draw_gives_what_there_is():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"txt": "b"}\n', "line 2: expected a JSON object with the key 'text'"),
-        ('{"text": "a"}\nnot json\n', "line 2: expected a JSON object with the key 'text'"),
+        ('{"text": "a"}\n{"txt": "b"}\n', "line 2: ['txt'] found; expected a JSON object with the key 'text'"),
+        ('{"text": "a"}\nnot json\n', "line 2: no JSON: expected ident"),
         ('{"text": 5}\n', "line 1: 'text' is no text"),
     ],
 )

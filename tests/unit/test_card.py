@@ -201,9 +201,37 @@ def test_loss_by_depth_is_a_table_and_two_pictures(root):
     text = section(release_text(root), "Loss by depth")
     assert "](loss.png)" in text and "](hidden_states.png)" in text
     assert row(text, "3") == [
-        "MoE", "1.31e-03", "8.89e-04", "32.1%", "153 of 200", "7.89e-04", "4.67e-04", "24.9\u00a0s",
+        "MoE", "1.31e-03", "8.89e-04", "32.1%", "153 of 200", "7.89e-04", "4.67e-04",
     ]  # fmt: skip
     assert row(text, "0")[0] == "dense"
+    of_build = section(build_text(root), "Loss by depth")
+    assert sum(line.startswith("| 3 |") and line.endswith("\u00a0s |") for line in of_build.splitlines()) == 2
+
+
+def slower(value, key: str = ""):
+    """A record as other jobs would have written it that took longer, took more memory and ran in another place."""
+    if isinstance(value, dict):
+        return {name: slower(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [slower(inner, key) for inner in value]
+    if key in ("seconds", "startup_seconds", "peak_memory_bytes"):
+        return 7 * value + 1
+    return {"path": "/elsewhere", "hard_linked": False}.get(key, value)
+
+
+def test_a_releases_card_is_the_same_whatever_time_it_took_and_wherever_it_was_made(root):
+    before, build = release_text(root, configfiles=["mine.yaml"]), build_text(root)
+    for path in (root / "results").rglob("*.json"):
+        path.write_text(json.dumps(slower(json.loads(path.read_text()))))
+    assert release_text(root, configfiles=["other.yaml"]) == before
+    assert build_text(root) != build, "the card of the build has the times"
+    assert "Wall time" not in before and "model_card.md, has the times" in before
+
+
+def test_a_releases_card_says_how_to_check_its_files(root):
+    text = section(release_text(root), "Checking the files")
+    assert "sha256sum --check SHA256SUMS" in text and "model_signing verify key . --signature model.sig" in text
+    assert "Checking the files" not in build_text(root)
 
 
 def test_long_tables_are_folded(root, monkeypatch):
@@ -375,9 +403,15 @@ def test_provenance_has_hashes_and_versions(root):
 
 def test_the_command_to_rebuild_has_the_config_files_of_the_build(root):
     plain = f"snakemake --cores all results/{NVFP4}/pack.json"
-    assert f"`{plain}`, with" in section(release_text(root), "Provenance")
-    text = release_text(root, configfiles=["mine.yaml", "two words.yaml"])
+    assert f"`{plain}`, with" in section(build_text(root), "Provenance")
+    facts = load(root, configfiles=["mine.yaml", "two words.yaml"])
+    text = render_card([facts], [provenance_of(facts)], FIGURES)
     assert f"`{plain} --configfile mine.yaml 'two words.yaml'`, with" in section(text, "Provenance")
+
+
+def test_a_release_is_rebuilt_elsewhere_from_its_provenance(root):
+    text = section(release_text(root, configfiles=["mine.yaml"]), "Provenance")
+    assert "`requant reproduce provenance.json --into DIRECTORY`" in text and "mine.yaml" not in text
 
 
 def test_blocks_made_by_different_libraries_are_told_apart(root):
@@ -665,7 +699,9 @@ def test_a_release_in_bf16_says_what_was_compared(copied):
     assert "some-org/alpha in BF16: weights as 16-bit floats, nothing is quantized." in text
     assert f"| `{BF16}` | BF16, this release | 0 | 100.0% |" in section(text, "Quality")
     assert "was not tuned: its tensors are the source's" in section(text, "Recipe")
-    assert row(section(text, "Wall time"), f"Copy the blocks of `{BF16}`")[0] == "6"
+    facts = load(copied, BF16)
+    whole = render_card([facts], [provenance_of(facts)], Figures())
+    assert row(section(whole, "Wall time"), f"Copy the blocks of `{BF16}`")[0] == "6"
 
 
 def test_experts_of_a_release_in_bf16_are_the_sources(copied):

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from requant import deploy, serving
 from requant.config import Deploy, Target
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.packed import PackedCheckpoint, write_decoded
 from requant.records import DeployRecord, read_json, write_json
-from requant.safetensors_io import file_entry, save
+from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 
 # A stand-in for the engine where only starting and stopping is tested: it takes the same arguments.
@@ -325,3 +326,15 @@ def test_the_engine_sees_no_credentials_and_no_cache(tmp_path, stand_in, monkeyp
     assert "hush-hush" not in seen.values()
     assert seen["HF_HUB_OFFLINE"] == "1" and seen["OMP_NUM_THREADS"] == "2"
     assert "requant-engine-" in seen["HF_HOME"] and seen["HF_HUB_CACHE"].startswith(seen["HF_HOME"])
+
+
+def test_only_what_was_packed_is_laid_out(tmp_path):
+    packed = tmp_path / "packed"
+    (packed / ".eval_results").mkdir(parents=True)
+    for name in ("config.json", "model-00001-of-00001.safetensors", "README.md", ".README.md.7.partial"):
+        (packed / name).write_text(name)
+    deploy.mirror(packed, ["config.json", "model-00001-of-00001.safetensors"], tmp_path / "served")
+    assert sorted(path.name for path in (tmp_path / "served").iterdir()) == [
+        "config.json",
+        "model-00001-of-00001.safetensors",
+    ]

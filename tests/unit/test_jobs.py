@@ -11,8 +11,6 @@ from pathlib import Path
 
 import psutil
 
-from requant.imports import modules_of
-
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
 
@@ -144,19 +142,6 @@ def test_a_second_build_is_told_which_process_is_in_its_way(tmp_path):
     assert told() == "None"
     kill(second)
     assert told() == "None" and not list(locks.iterdir())
-
-
-def test_every_module_behind_a_script_is_found(tmp_path):
-    package = tmp_path / "requant"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("def f():\n    from requant import b\n")
-    (package / "b.py").write_text("from requant.c import x\nimport torch\n")
-    (package / "c.py").write_text("x = 1\n")
-    (package / "unused.py").write_text("")
-    (tmp_path / "script.py").write_text("from requant.a import f\n")
-    found = [Path(path).name for path in modules_of(tmp_path / "script.py", tmp_path)]
-    assert found == ["a.py", "b.py", "c.py"], "the package's own file computes nothing"
 
 
 def test_planning_needs_no_torch():

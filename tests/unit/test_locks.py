@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.locks import check_file, make_lock, source_record, tensors_of
-from requant.safetensors_io import file_entry, read_header
+from requant.safetensors_io import read_header, save
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,13 @@ def test_other_types_and_unknown_families_are_refused(source):
         source_record("moe", source, None, {})
 
 
-def test_saved_files_are_the_same_every_time(source, tmp_path):
-    from requant.safetensors_io import save
+def test_saved_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    save(tmp_path / "a.safetensors", {"a": torch.zeros(3)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
+
+def test_saved_files_are_the_same_every_time(source, tmp_path):
     tensors = load_file(source / shards(source)[0])
     hashes = set()
     for turn in range(4):

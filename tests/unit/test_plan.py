@@ -321,6 +321,7 @@ def write_trace(path: Path, found: Subject, block: int, seconds: float, shapes: 
         threads=tuning.threads,
         device=tuning.device,
         libraries={},
+        sha256="0" * 64,
     )
     write_json(path, record)
 
@@ -335,7 +336,7 @@ def write_trace(path: Path, found: Subject, block: int, seconds: float, shapes: 
         ({"hidden_size": "big"}, "config.json: hidden_size: 'big'; expected a number of 1 or more"),
         ({"num_hidden_layers": 0}, "config.json: num_hidden_layers: 0; expected a number of 1 or more"),
         ({"num_experts_per_tok": 9}, "config.json: num_experts_per_tok: 9; expected 8 or less"),
-        ({"kv_lora_rank": "wide"}, "config.json: no model can be built of it: "),
+        ({"hidden_act": "wide"}, "config.json: no model can be built of it: "),
     ],
 )
 def test_a_bare_config_that_no_build_would_take_is_one_line_with_its_directory(tmp_path, changes, line):
@@ -347,7 +348,7 @@ def test_a_bare_config_that_no_build_would_take_is_one_line_with_its_directory(t
 
 def test_a_list_for_a_config_json_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(RequantError, match=r"config.json: a list found; expected keys and values"):
+    with pytest.raises(RequantError, match="config.json: a list found; expected a Hugging Face checkpoint"):
         source_of(str(tmp_path), None)
 
 

@@ -36,7 +36,7 @@ def test_a_missing_text_is_named_with_its_key(texts):
 
 
 def test_a_folder_is_no_text(texts):
-    with pytest.raises(RequantError, match="not there"):
+    with pytest.raises(RequantError, match="no file; expected one"):
         text_files("prose", settings([texts[0].parent]))
 
 

@@ -14,9 +14,10 @@ from requant.checkpoint import Checkpoint
 from requant.config import Tuning
 from requant.encoding import plain_rounding
 from requant.errors import RequantError
+from requant.hashing import file_entry
 from requant.packed import decode_parts
 from requant.quantize import BlockJob, block_seed, choose_linears, input_peaks, quantize_block
-from requant.safetensors_io import file_entry, save
+from requant.safetensors_io import save
 from requant.schemes import SCHEMES
 from requant.streamed import StreamedModel
 

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from requant import nvfp4
 from requant.encoding import encode, plain_rounding, quantization_config
+from requant.hashing import file_entry
 from requant.records import PackRecord
-from requant.safetensors_io import file_entry, save
+from requant.safetensors_io import save
 from requant.schemes import SCHEMES
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "one", "two", "went", "to", "market")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import tiny
 import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,3 +133,13 @@ def lay_out(directory: Path, models: tuple[str, ...] = tuple(MODELS), iters: int
     }
     (directory / "mine.yaml").write_text(yaml.safe_dump(data))
     return Build(directory)
+
+
+def write_keys(directory: Path) -> None:
+    """key.pem, which a release may be signed by, and public.pem."""
+    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    hidden = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (directory / "key.pem").touch(mode=0o600)
+    (directory / "key.pem").write_bytes(hidden)
+    shown = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (directory / "public.pem").write_bytes(shown)

@@ -1,7 +1,5 @@
 """A release in BF16 of an FP8 source goes through the whole graph to its card; to be packed it needs no calibration."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -9,6 +7,7 @@ from building import Build, lay_out
 
 from requant.checkpoint import Checkpoint
 from requant.packed import PackedCheckpoint
+from requant.provenance import read_provenance
 from requant.records import (
     BenchmarkRecord,
     CopiedBlock,
@@ -112,8 +111,9 @@ def test_its_cards_need_no_pictures_of_losses(made):
     assert "1 release in BF16 of" in card and "Loss by depth" not in card and "![Loss" not in card
     assert "in BF16 what the source has in FP8" in readme and "where the source, stored in FP8, takes" in readme
     assert not (folder / "chain").exists() and list((folder / "model").glob("*.png")) == []
-    provenance = json.loads((folder / "model/provenance.json").read_text())
-    assert provenance["tuning"] == provenance["seeds"] == [] and provenance["scheme"] == "BF16"
+    made_by = read_provenance(folder / "model/provenance.json")
+    assert made_by.provenance.tuning == made_by.provenance.seeds == [] and made_by.provenance.scheme == "BF16"
+    assert len(made_by.predicate.runDetails.byproducts) == BLOCKS
 
 
 def test_tuning_and_keep_mean_nothing_to_it(made):

@@ -6,23 +6,40 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from building import ROOT, Build, environment, lay_out
+from huggingface_hub import parse_eval_result_entries
 from safetensors.torch import load_file
 
 from requant.checkpoint import Checkpoint
+from requant.config import parse
+from requant.hashing import file_entry
 from requant.packed import PackedCheckpoint
-from requant.records import BlockRecord, DeployRecord, EvaluateRecord, PackRecord, VerifyRecord, read_json
+from requant.provenance import read_provenance
+from requant.records import (
+    BenchmarkRecord,
+    BlockRecord,
+    DeployRecord,
+    EvaluateRecord,
+    PackRecord,
+    VerifyRecord,
+    read_json,
+)
 from requant.verify import compare, public_decoding
 
 RELEASES = ("ds-nvfp4", "ds-w3a16", "qw-w3a16", "ll-nvfp4")
 
 
-def digests(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+def digests(folder, names=None) -> dict[str, str]:
+    """sha256 of the files in `folder`, of all or of `names`."""
+    paths = sorted(filter(Path.is_file, folder.iterdir())) if names is None else [folder / name for name in names]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -65,6 +82,72 @@ def test_the_card_tells_of_every_release(built):
         assert (built.directory / f"results/{release}/model/README.md").exists()
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_comes_with_a_provenance_that_names_every_file_and_input(built, release):
+    folder, name = built.directory / f"results/{release}", release.split("-")[0]
+    found = read_provenance(folder / "model/provenance.json")
+    files = digests(folder / "model", read_json(folder / "pack.json", PackRecord).files)
+    assert {file.name: file.digest["sha256"] for file in found.subject} == files
+    blocks = {file.name: file.digest["sha256"] for file in found.predicate.runDetails.byproducts}
+    made = sorted((folder / "blocks").glob("*.safetensors"))
+    assert blocks == {f"blocks/{path.name}": file_entry(path).sha256 for path in made}
+    for given, path in {
+        f"source/{name}/config.json": f"models/{name}/config.json",
+        f"text/{found.provenance.calibration.name}/a": "text/a.txt",
+        "task/tiny/tiny.yaml": "tasks/tiny.yaml",
+        "task/tiny/rows.jsonl": "tasks/rows.jsonl",
+    }.items():
+        assert found.dependencies[given] == {"sha256": file_entry(built.directory / path).sha256}
+    assert found.dependencies["envs/requirements.lock"]["sha256"] == file_entry(ROOT / "envs/requirements.lock").sha256
+    assert parse(found.request.config).build == [release] == [found.request.release]
+    text = (folder / "model/provenance.json").read_text()
+    assert str(built.directory) not in text and str(ROOT) not in text
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_is_whole_by_its_sums_and_holds_no_times(built, release):
+    folder = built.directory / f"results/{release}/model"
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    subprocess.run(check, cwd=folder, check=True)
+    named = {line.split("  ", 1)[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert named == files - {"SHA256SUMS", "model.sig"}
+    assert {"README.md", "provenance.json", "sbom.cdx.json", "loss.png", "hidden_states.png"} <= named
+    readme = (folder / "README.md").read_text()
+    (entry,) = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/requant.yaml").read_text()))
+    scored = read_json(folder.parent / "benchmark.json", BenchmarkRecord).scores
+    assert entry.dataset_id == "tests/tiny" and entry.value == scored[0].value
+    assert "Wall time" not in readme and "Time to start" not in readme and "mine.yaml" not in readme
+
+
+def test_a_release_is_signed_and_its_key_is_nowhere_but_in_its_file(built):
+    folder = built.directory / "results/ll-nvfp4/model"
+    readme = (folder / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if line.startswith("model_signing verify"))
+    words = command.replace("publisher.pem", str(built.directory / "public.pem")).split()
+    done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    secret = (built.directory / "key.pem").read_bytes().splitlines()[1]
+    holding = [path for path in built.directory.rglob("*") if path.is_file() and secret in path.read_bytes()]
+    assert holding == [built.directory / "key.pem"]
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"key.pem" in path.read_bytes()]
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Build:
+    """The finished build, with times kept, to be changed."""
+    shutil.copytree(built.directory, tmp_path / "copy", symlinks=True)
+    return Build(tmp_path / "copy")
+
+
+def test_a_key_that_others_can_read_stops_the_build_before_a_job(copy):
+    (copy.directory / "key.pem").chmod(0o644)
+    (copy.directory / "results/ll-nvfp4/model/model.sig").unlink()
+    done = copy.run("model_card.md", check=False)
+    assert done.returncode != 0 and not (copy.directory / "results/ll-nvfp4/model/model.sig").exists()
+    assert "error: publish.signing_key: key.pem: mode 644: others can read it; expected 600" in done.stderr
+
+
 def test_a_second_run_has_nothing_to_do(built):
     assert "Nothing to be done" in built.run("model_card.md").stderr
 
@@ -90,55 +173,6 @@ def test_the_report_holds_cards_and_pictures(built):
     built.run("--report", "report.html", "model_card.md")
     report = (built.directory / "report.html").read_text()
     assert "loss by depth" in report and "model_card.md" in report
-
-
-@pytest.fixture
-def copy(built, tmp_path) -> Build:
-    """The finished build, with times kept, to be changed."""
-    shutil.copytree(built.directory, tmp_path / "copy", symlinks=True)
-    return Build(tmp_path / "copy")
-
-
-def test_a_verify_limit_reruns_verify_and_cards_only(copy):
-    copy.configure(lambda data: data["releases"]["ll-nvfp4"].update(verify={"cosine": 0.9}))
-    assert copy.planned("model_card.md") == {
-        "verify": 1,
-        "plot_build": 1,
-        "plot_experts": 1,
-        "release_card": 1,
-        "card": 1,
-    }
-
-
-def test_more_iterations_rerun_one_release_and_no_reference_chain(copy):
-    copy.configure(lambda data: data["releases"]["ds-w3a16"]["tuning"].update(iters=3))
-    jobs = copy.planned("model_card.md")
-    assert jobs["quantize"] == 3 and jobs["pack"] == jobs["verify"] == jobs["evaluate"] == jobs["deploy"] == 1
-    assert not {"calibrate", "embed", "reference", "source", "benchmark_source"} & jobs.keys()
-
-
-def test_comments_and_the_order_of_keys_change_nothing(copy):
-    path = copy.directory / "mine.yaml"
-    path.write_text("# a comment\n" + path.read_text())
-    assert copy.planned("model_card.md") == {}
-
-
-def test_a_changed_module_reruns_what_it_computes(copy, tmp_path):
-    """The module behind a script, not the script itself."""
-    checkout = tmp_path / "checkout"
-    for name in ("Snakefile", "config.yaml"):
-        checkout.mkdir(exist_ok=True)
-        shutil.copy2(ROOT / name, checkout / name)
-    for name in ("src", "rules", "scripts", "report", "profiles", "demo"):
-        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    options = ["--rerun-triggers", "mtime", "--snakefile", str(checkout / "Snakefile")]
-    copy.run("model_card.md", *options, "--touch")
-    assert copy.planned("model_card.md", *options) == {}
-    module = checkout / "src/requant/evaluate.py"
-    module.write_text(module.read_text() + "\n")
-    jobs = copy.planned("model_card.md", *options)
-    assert jobs["evaluate"] == len(RELEASES)
-    assert not {"quantize", "pack", "verify", "reference", "calibrate"} & jobs.keys()
 
 
 def test_a_flipped_byte_stops_the_build_with_the_shards_name(tmp_path):

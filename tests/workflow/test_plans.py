@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from building import Build, lay_out
+from building import Build, lay_out, write_keys
 
 from requant.records import BlockRecord, EvaluateRecord, PackRecord, PlanRecord, RoutingRecord, read_json
 
@@ -82,8 +82,13 @@ def test_jobs_are_those_of_a_dry_run_and_a_plan_builds_nothing(tmp_path):
     assert found == {"plan.json"}
     jobs = int(re.search(r"jobs of the whole build: (\d+);", printed.stderr)[1])
     assert jobs == sum(build.planned().values()) + 1, "and the job `all`"
-    build.configure(lambda data: data.update(build=["ds-w3a16"]))
+    write_keys(tmp_path)
+    build.configure(lambda data: data.update(build=["ds-w3a16"], publish={"signing_key": "key.pem"}))
+    hub = {"tiny": {"dataset": "tests/tiny", "task": "default", "metric": "exact_match"}}
+    build.configure(lambda data: data["benchmarks"]["tiny"].update(hub=hub))
     planned = build.planned()
+    build.run("plan")
+    assert planned["sign"] == planned["eval_results"] == 1
     assert plans(build, "ds-w3a16")["ds-w3a16"].jobs == planned | {"all": 1}
 
 
@@ -125,7 +130,7 @@ def test_what_cannot_work_is_refused_before_a_job_starts(tmp_path):
     path.write_text(json.dumps(config | {"max_position_embeddings": 47}))
     assert "calibrations.small.seqlen: 48; expected 47 or less, the context of model 'll'" in refused(build)
     path.write_text(json.dumps(config | {"hidden_size": 120, "intermediate_size": 200, "head_dim": 30}))
-    assert "releases.r: scheme NVFP4 has groups of 16 weights, which divide no width of model 'll'" in refused(build)
+    assert "models/ll: model.embed_tokens.weight: [320, 128] found; config.json gives [320, 120]" in refused(build)
     path.write_text(json.dumps(config))
     build.configure(lambda data: data["calibrations"]["small"].update(nsamples=2**40, seqlen=1024))
     too_little = r"GB free; what is still to be written there takes [\d.]+ GB at least"

@@ -1,0 +1,63 @@
+"""The config of one release: all that it is built from, by itself, and nothing of the machine it was written on."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from requant.config import Config, source_name
+from requant.schemes import SCHEMES
+
+
+def standalone(config: Config, release: str) -> dict[str, Any]:
+    """A whole config that builds `release` alone, every default spelled out; `requant.config.parse` reads it.
+
+    An absolute path, or one of a home directory, is cut to its last component; a relative one stays.
+    """
+    settings = config.releases[release]
+    model = config.models[settings.model]
+    models = [settings.model, *([model.source_model] if model.source_model else [])]
+    calibrations = [settings.calibration, *([model.prune.calibration] if model.prune else [])]
+    written = settings.model_dump(mode="json", by_alias=True)
+    if model.prune:
+        del written["mtp"]  # a pruned model has no such layers, and a config may not ask for them
+    if not SCHEMES[settings.scheme].quantizes:
+        del written["tuning"], written["keep"]  # they mean nothing to it
+    return {
+        "models": {name: _model(config, name) for name in models},
+        "calibrations": {name: _calibration(config, name) for name in dict.fromkeys(calibrations)},
+        "benchmarks": {settings.benchmark: _cut(config.benchmarks[settings.benchmark], "include_path")},
+        "targets": {settings.deploy.target: config.targets[settings.deploy.target].model_dump(mode="json")},
+        "releases": {release: written},
+        "build": [release],
+        "device": config.device,
+    }
+
+
+def public_path(path: str) -> str:
+    """`path` as it may be published: the last component of an absolute one, a relative one without a leading ./"""
+    found = PurePosixPath(path)
+    return found.name if found.is_absolute() or path.startswith("~") else str(found)
+
+
+def _cut(section, *keys: str) -> dict[str, Any]:
+    """A section as plain data, the paths under `keys` as they may be published."""
+    written = section.model_dump(mode="json", by_alias=True)
+    return written | {key: public_path(written[key]) for key in keys if written[key] is not None}
+
+
+def _model(config: Config, name: str) -> dict[str, Any]:
+    """A model without the keys that are of no use to its kind: `parse` refuses some of them, even empty."""
+    written = _cut(config.models[name], "path", "directory")
+    return {key: value for key, value in written.items() if value is not None}
+
+
+def _calibration(config: Config, name: str) -> dict[str, Any]:
+    settings = config.calibrations[name]
+    written = settings.model_dump(mode="json")
+    written["sources"] = [_text(source) for source in settings.sources]
+    if settings.heldout.sources is not None:
+        written["heldout"]["sources"] = [_text(source) for source in settings.heldout.sources]
+    return written
+
+
+def _text(source) -> dict[str, Any]:
+    return _cut(source, "path") | {"name": source_name(source)}
