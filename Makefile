@@ -12,6 +12,9 @@ CORES ?= all
 SNAKEMAKE_ARGS ?=
 PYTEST_ARGS ?=
 
+# Two tests at a time, whatever the machine has: a whole build takes two cores itself.
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 VENV := .venv
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes --no-deps
 LOCKS := envs/build.lock envs/requirements.lock envs/torch-cpu.lock envs/torch-cuda.lock
@@ -25,7 +28,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help card environment test format lint unit lock clean distclean
+.PHONY: help card environment test format lint unit faults lock wheelhouses clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,7 +40,7 @@ card: $(VENV)/.installed  ## build the releases of the config, and model_card.md
 environment: $(VENV)/.installed  ## make .venv from the locks, checking every hash
 
 test: format lint $(VENV)/.installed-test  ## everything that continuous integration checks
-	python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-test  ## are the Snakefiles formatted?
 	snakefmt --check Snakefile rules
@@ -47,7 +50,10 @@ lint: $(VENV)/.installed-test  ## ruff and Snakemake's own lint
 	snakemake --lint
 
 unit: $(VENV)/.installed-test  ## the fast tests only
-	python -m pytest -m "not workflow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not workflow" $(PYTEST_ARGS)
+
+faults: $(VENV)/.installed-test  ## kills, full disks, flipped bits and clocks set back, in faults/ (an hour)
+	python -m tests.faults --into faults
 
 lock: envs/build.in envs/requirements.in envs/test.in  ## resolve envs/*.in anew (network, some minutes)
 	rm -rf .venv-lock
@@ -56,8 +62,13 @@ lock: envs/build.in envs/requirements.in envs/test.in  ## resolve envs/*.in anew
 	.venv-lock/bin/python envs/lock.py
 	rm -rf .venv-lock
 
+wheelhouses:  ## after a change of the locks: the hashes that flake.nix pins (network, up to 3 GB)
+	rm -rf .wheelhouses
+	$(or $(PYTHON),python3.11) envs/wheelhouse.py .wheelhouses
+	rm -rf .wheelhouses
+
 clean:  ## delete caches; results stay (snakemake --delete-all-output deletes those)
-	rm -rf .pytest_cache .ruff_cache .venv-lock
+	rm -rf .pytest_cache .ruff_cache .hypothesis .venv-lock .wheelhouses
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## delete caches and .venv
