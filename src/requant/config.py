@@ -323,13 +323,45 @@ class Benchmark(Section):
     )
 
 
-class Target(Section):
-    """A place to serve a release at: what the deploy stage starts, and what a plan reckons with."""
+class Mount(Section):
+    """A directory of this machine that a container sees."""
 
-    engine: Literal["transformers", "vllm", "sglang"] = Field(
-        "transformers",
-        description="the server; the deploy stage starts `transformers serve`, others are planned for only",
+    source: str = Field(min_length=1, description="directory of this machine")
+    target: str = Field(pattern="^/", description="where the container has it")
+    read_only: bool = Field(True, description="whether the container may not write there")
+
+
+class Container(Section):
+    """How an engine's container is run. Nothing is granted that is not named here."""
+
+    network: Literal["bridge", "host"] = Field(
+        "bridge", description="bridge: one port, published on the loopback alone; host: the engine binds the loopback"
     )
+    ipc: Literal["private", "host"] = Field("private", description="whose shared memory it uses")
+    shm_size: str | None = Field(None, pattern=r"^\d+[kmg]$", description="size of its /dev/shm: 8g")
+    ulimits: dict[str, int] = Field({}, description="limits of its processes by name, -1 for none: memlock, stack")
+    memory_gb: float | None = Field(None, gt=0, description="main memory at most, 10^9 bytes; no limit if absent")
+    cpus: float | None = Field(None, gt=0, description="processors at most; no limit if absent")
+    capabilities: list[str] = Field([], description="Linux capabilities that it keeps; all others are dropped")
+    user: str | None = Field(None, min_length=1, description="UID or UID:GID that it runs as; the image's own if absent")
+    mounts: list[Mount] = Field([], description="directories that it sees besides the checkpoint")
+
+
+class Target(Section):
+    """A place to serve a release at: which engine, in which image, with which arguments, on what."""
+
+    engine: Literal["transformers", "vllm", "sglang"] = Field("transformers", description="the server")
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="container image that has the engine, with tag or digest; the engine of this environment if absent",
+    )
+    container: Container = Container()
+    arguments: list[str] = Field(
+        [],
+        description="of the engine, after those that every engine gets (model, host, port, context, devices)",
+    )
+    environment: dict[str, str] = Field({}, description="variables that the engine is started with")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
     gpu: str | None = Field(None, pattern=r"^sm\d{2,3}$", description="architecture of the GPUs: sm90, sm100, sm120")
     devices: PositiveInt = Field(1, description="GPUs that share the weights")

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant.config import Deploy, Target
+from requant.engines import serve_at
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.jobs import progress
 from requant.records import Answer, DeployRecord, FileEntry, KeepList, PackRecord, read_json, write_json
 from requant.safetensors_io import load
-from requant.serving import Server, serve, unwinding_on_sigterm
+from requant.serving import Server, unwinding_on_sigterm
 
 if TYPE_CHECKING:
     import torch
@@ -183,9 +184,7 @@ def _serve_and_ask(
             mirror(packed, sorted(made.files), model)
         make_greedy(model)
         progress(f"{release}: starting the engine (log: {server_log})")
-        with serve(
-            model, server_log, device=target.device, threads=threads, startup_seconds=target.startup_seconds
-        ) as server:
+        with serve_at(target, model, server_log, threads) as server:
             progress(f"{release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
             served = ask_all(release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
             return server, served, refused_status(release, server, target.request_seconds)
