@@ -343,7 +343,7 @@ class Container(Section):
     memory_gb: float | None = Field(None, gt=0, description="main memory at most, 10^9 bytes; no limit if absent")
     cpus: float | None = Field(None, gt=0, description="processors at most; no limit if absent")
     capabilities: list[str] = Field([], description="Linux capabilities that it keeps; all others are dropped")
-    user: str | None = Field(None, min_length=1, description="UID or UID:GID that it runs as; the image's own if absent")
+    user: str | None = Field(None, min_length=1, description="UID or UID:GID it runs as; the image's own if absent")
     mounts: list[Mount] = Field([], description="directories that it sees besides the checkpoint")
 
 
