@@ -13,6 +13,7 @@ in the program's own process can protect the score.
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -49,7 +50,7 @@ TEMPORARY_MB = 16
 SHARED_MB = 1  # of /dev/shm
 DEFAULTS = Sandbox()
 LABEL = "requant.sandbox"
-HOST_IMAGE = "requant-sandbox:empty"
+HOST_IMAGE = "requant-sandbox"
 NOT_THERE = (
     "sandbox: neither Docker (Debian: docker.io) nor bubblewrap (Debian: bubblewrap) is usable here{why}; "
     "expected one of them: code that a model wrote runs only in a sandbox"
@@ -242,7 +243,7 @@ def _host_python() -> _HostPython:
             f"{sys.platform} on {platform.machine()}: this machine's Python runs in a sandbox only on Linux on "
             f"{' or '.join(confined.MACHINES)}; expected backend docker, with an image"
         )
-    program = Path(os.path.realpath(sys.executable))
+    program = Path(os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable))
     prefix = Path(os.path.realpath(sys.base_prefix))
     files, links = [program], []
     wanted = [Path("/lib"), Path("/lib64"), Path("/usr/lib"), Path("/usr/lib64"), Path("/etc/ld.so.cache")]
@@ -384,21 +385,27 @@ def _in_docker(limits: Limits, image: str | None) -> Iterator[_Running]:
 
                 yield _Running(send, socket.fileno(), _frames)
         finally:
-            with contextlib.suppress(docker.errors.APIError):  # removed at its end already, or just now
+            # It may be removing itself at this moment: then the one is refused, and the other waits for it.
+            with contextlib.suppress(docker.errors.APIError):
                 client.api.remove_container(name, force=True)
+            with contextlib.suppress(docker.errors.APIError):
+                client.api.wait(name, condition="removed")
 
 
 def _container(client: Any, name: str, image: str | None, limits: Limits) -> None:
     """Creates the container `name`, which removes itself when it ends. Nothing of this machine is given to it but,
     without an image, what Python needs."""
     if image is None:
-        program, volumes = _host_image(client)
+        host = _host_python()
+        _check_private(host.files)
+        image, program = _host_image(client, host), str(host.program)
+        volumes = {str(path): {"bind": str(path), "mode": "ro"} for path in host.files}
     else:
-        program, volumes = "python3", {}
         _pull(client, image)
+        program, volumes = "python3", {}
     size = f"{limits.memory_mb}m"
     client.containers.create(
-        image or HOST_IMAGE,
+        image,
         name=name,
         entrypoint=[program, *_arguments()],
         stdin_open=True,
@@ -423,27 +430,26 @@ def _container(client: Any, name: str, image: str | None, limits: Limits) -> Non
     )
 
 
-def _host_image(client: Any) -> tuple[str, dict[str, dict[str, str]]]:
-    """(program, volumes) for a container with this machine's Python, in an image of empty folders that is made here."""
+def _host_image(client: Any, host: _HostPython) -> str:
+    """Name of an image of empty folders, where this machine's Python is mounted; made if it isn't there."""
     import docker
 
-    host = _host_python()
-    _check_private(host.files)
+    root = _empty_root(host.links)
+    tag = hashlib.sha256(root).hexdigest()[:16]
     try:
-        client.images.get(HOST_IMAGE)
+        client.images.get(f"{HOST_IMAGE}:{tag}")
     except docker.errors.ImageNotFound:
-        repository, _, tag = HOST_IMAGE.partition(":")
-        client.api.import_image_from_data(_empty_root(host.links), repository=repository, tag=tag)
-    return str(host.program), {str(path): {"bind": str(path), "mode": "ro"} for path in host.files}
+        client.api.import_image_from_data(root, repository=HOST_IMAGE, tag=tag)
+    return f"{HOST_IMAGE}:{tag}"
 
 
 def _empty_root(links: Iterable[tuple[str, str]]) -> bytes:
     """A tar file of the folders that a root has, and of `links`."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
-        for name in ("dev", "etc", "proc", "sys", "tmp", "usr"):
+        for name, mode in (("dev", 0o755), ("etc", 0o755), ("proc", 0o755), ("tmp", 0o1777), ("usr", 0o755)):
             folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            folder.type, folder.mode = tarfile.DIRTYPE, mode  # runc gives a tmpfs the mode of the folder below it
             archive.addfile(folder)
         for place, target in links:
             link = tarfile.TarInfo(place.lstrip("/"))
