@@ -2,10 +2,11 @@
 
 `requant.sandbox` hands this file to the sandbox's Python as text; nothing of requant is there, only the standard
 library of Python 3.9 or later. It reads a request on standard input (a line with its length, then JSON) and writes
-`STARTED`, and at the end a report, one line of JSON, to standard output. The program has neither of the two: its own
-output goes into pipes that are read here. As process 1 this one can't be killed or stopped from inside, and it is not
-dumpable, so that the program, which has the same user id, can't trace it or read its memory and its open files. When
-it ends, the kernel ends all that is left in the sandbox.
+`STARTED`, and at the end a report, one line of JSON, to standard output. It ends, too, when its standard input is
+closed: then nobody waits any more. The program has neither of the two: its own output goes into pipes that are read
+here. As process 1 this one can't be killed or stopped from inside, and it is not dumpable, so that the program, which
+has the same user id, can't trace it or read its memory and its open files. When it ends, the kernel ends all that is
+left in the sandbox.
 """
 
 import contextlib
@@ -255,6 +256,7 @@ def supervise(request: dict) -> dict:
     got = {}
     selector = selectors.DefaultSelector()
     selector.register(wakeup[0], selectors.EVENT_READ)
+    selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
     for reading, writing in pipes:
         os.close(writing)
         os.set_blocking(reading, False)
@@ -270,9 +272,11 @@ def supervise(request: dict) -> dict:
             if key.fd == wakeup[0]:
                 with contextlib.suppress(BlockingIOError):
                     os.read(key.fd, 4096)
+            elif key.fd == sys.stdin.fileno():
+                stopped = "abandoned"
             elif not take(key.fd, got):
                 selector.unregister(key.fd)
-        if status is not None:
+        if status is not None or stopped is not None:
             break
         if max(map(len, got.values())) > request["output_bytes"]:
             stopped = "output limit"

@@ -287,8 +287,10 @@ def _bubblewrap_command(limits: Limits) -> list[str]:
     command = [shutil.which("bwrap") or "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session", "--as-pid-1"]
     if os.geteuid() == 0:
-        # Nobody can't reach a Python in a home directory. Mounted by root, it is left to process 1 to become nobody.
-        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        # Nobody can't reach a Python in a home directory. Mounted by root, it is left to process 1 to become nobody,
+        # and bubblewrap has to be allowed to kill a process of another user with itself.
+        command += ["--cap-drop", "ALL"]
+        command += [word for name in ("SETUID", "SETGID", "KILL") for word in ("--cap-add", f"CAP_{name}")]
     else:
         command += ["--unshare-user", "--uid", str(confined.NOBODY), "--gid", str(confined.NOBODY)]
     for folder in sorted({folder for path in host.files for folder in path.parents} | {Path("/dev")}):
@@ -311,8 +313,9 @@ def _in_bubblewrap(limits: Limits) -> Iterator[_Running]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={})
 
         def send(request: bytes) -> None:
-            with contextlib.suppress(OSError), process.stdin:
+            with contextlib.suppress(OSError):
                 process.stdin.write(request)
+                process.stdin.flush()
 
         def parts(answer: bytes) -> tuple[bytes, bytes]:
             errors.seek(0)
@@ -323,6 +326,8 @@ def _in_bubblewrap(limits: Limits) -> Iterator[_Running]:
         finally:
             _end(process)
             process.stdout.close()
+            with contextlib.suppress(OSError):  # what it did not read
+                process.stdin.close()
 
 
 def _end(process: subprocess.Popen) -> None:

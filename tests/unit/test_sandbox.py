@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -143,21 +144,27 @@ def test_program_that_uses_the_standard_library_passes(run):
     assert (result.outcome, result.stdout) == ("passed", "e3b0c442 __main__\n"), result
 
 
-@pytest.mark.parametrize(
-    ("leaving", "status"),
-    [
-        ("import sys; sys.exit(0)", 0),
-        ("import os; os._exit(0)", 0),
-        ("raise SystemExit", 0),
-        ("import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'print(1)'])", 0),
-        ("import os; os.write(3, b'0' * 32 + b'\\n'); os._exit(0)", 0),
-        ("import os; os.closerange(0, 64); os._exit(0)", 0),
-        ("print('started', flush=True); print('{\"finished\": true, \"status\": 0}', flush=True); raise SystemExit", 0),
-    ],
-)
-def test_program_that_leaves_before_its_tests_has_not_passed(run, leaving, status):
+@pytest.mark.parametrize("leaving", ["import sys; sys.exit(0)", "import os; os._exit(0)"])
+def test_program_that_leaves_before_its_tests_has_not_passed(run, leaving):
     result = run(f"{leaving}\nassert False\n")
-    assert (result.outcome, result.status) == ("unfinished", status)
+    assert (result.outcome, result.status) == ("unfinished", 0)
+
+
+@pytest.mark.parametrize(
+    "leaving",
+    [
+        "raise SystemExit",
+        "import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'print(1)'])",
+        "import os; os.write(3, b'0' * 32 + b'\\n'); os._exit(0)",
+        "import os; os.closerange(0, 64); os._exit(0)",
+        "print('started', flush=True); print('{\"finished\": true, \"status\": 0}', flush=True); raise SystemExit",
+        "import threading, os; threading.Thread(target=os._exit, args=(0,)).start(); \nwhile True: pass",
+    ],
+    ids=["raises", "becomes", "reports", "closes", "prints", "in a thread"],
+)
+def test_program_that_pretends_has_not_passed(bubblewrap, leaving):
+    result = run_untrusted(f"{leaving}\nassert False\n", LIMITS, bubblewrap)
+    assert (result.outcome, result.status) == ("unfinished", 0)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +181,15 @@ def test_program_that_leaves_before_its_tests_has_not_passed(run, leaving, statu
     ],
     ids=["segfault", "abort", "kill", "recursion", "exit", "syntax", "nul", "surrogate"],
 )
-def test_program_that_breaks_has_failed(run, program, status, word):
-    result = run(program)
+def test_program_that_breaks_has_failed(bubblewrap, program, status, word):
+    result = run_untrusted(program, LIMITS, bubblewrap)
     assert (result.outcome, result.status) == ("failed", status)
     assert word in result.stderr
+
+
+def test_crash_is_told_as_what_it_was(run):
+    result = run("import ctypes; ctypes.string_at(0)")
+    assert (result.outcome, result.status) == ("failed", -signal.SIGSEGV)
 
 
 def test_files_of_this_machine_are_not_there(run, tmp_path):
@@ -204,8 +216,9 @@ def test_nothing_but_python_is_in_sight(run):
         import os
         for folder, folders, names in os.walk("/"):
             folders[:] = [name for name in folders if os.path.join(folder, name) not in ("/proc", "/sys", "/dev")]
-            if folder.count("/") < 3:
-                print(*(os.path.join(folder, name) for name in names), sep="\\n")
+            print(*(os.path.join(folder, name) for name in names), sep="\\n")
+            if folder.count("/") > 2:
+                folders.clear()
         print(os.listdir("/tmp"), os.listdir("/dev"), sep="\\n")
         """)
     *files, temporary, devices = result.stdout.split("\n")[:-1]
@@ -348,12 +361,11 @@ def test_forks_without_end_stop_at_the_limit(run):
     "program",
     [
         "x = bytearray(10**10)",
-        "x = []\nwhile True: x.append(bytearray(10**6))",
         "import os\nos.fork(); os.fork()\nx = []\nwhile True: x.append(b'1' * 10**6)",
         "i = 0\nwhile True:\n    open(f'/tmp/{i}', 'w').close()\n    i += 1",
         "import mmap\nx = [mmap.mmap(-1, 10**8) for _ in range(100)]\n",
     ],
-    ids=["at once", "slowly", "in children", "in names", "shared"],
+    ids=["at once", "in children", "in names", "shared"],
 )
 def test_memory_stops_at_the_limit(run, program):
     result = run(program)
@@ -405,11 +417,10 @@ def test_output_stops_at_its_limit(run, stream):
     "program",
     [
         "while True: pass",
-        "import time; time.sleep(60)",
         "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
         "import signal, time\nfor n in {*range(1, 32)} - {9, 17, 19}: signal.signal(n, signal.SIG_IGN)\ntime.sleep(60)",
     ],
-    ids=["works", "sleeps", "stops", "deaf"],
+    ids=["works", "stops", "deaf"],
 )
 def test_time_stops_at_the_limit(run, program):
     result = run(program, SHORT)
@@ -497,7 +508,7 @@ def test_killed_build_leaves_no_sandbox(kind, number, request, monkeypatch):
 from requant.config import Sandbox
 from requant.sandbox import Limits, run_all, which_sandbox
 backend = which_sandbox(Sandbox(backend={kind!r}))
-for result in run_all([{program!r}] * 3, Limits(seconds=6), backend, jobs=2):
+for result in run_all([{program!r}] * 3, Limits(seconds=60), backend, jobs=2):
     print(result)
 """
     process = subprocess.Popen([sys.executable, "-c", build], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -508,9 +519,8 @@ for result in run_all([{program!r}] * 3, Limits(seconds=6), backend, jobs=2):
     finally:
         process.kill()
     assert process.returncode != 0 and output == b""
-    # Outright killed, it can't remove its containers: they end by the limit that is kept inside, and remove themselves.
-    seconds = 12 if kind == "docker" and number == signal.SIGKILL else 1
-    wait_until(lambda: marked(mark) == [], seconds)
+    # Outright killed, it can't end them: they end because their input does, and containers remove themselves.
+    wait_until(lambda: marked(mark) == [], 3)
     if kind == "docker":
         wait_until(lambda: engine.client.containers.list(all=True, filters={"label": sandbox.LABEL}) == [], 5)
 
@@ -586,22 +596,22 @@ def test_image_with_a_python_of_its_own(docker_host):
 
 
 def python_archive() -> bytes:
-    """A tar of an image that has this Python, without a package, below /usr, and a file /own."""
+    """A tar of an image that has this Python, without a package, below /usr, and a folder /own."""
     program = Path(os.path.realpath(sys._base_executable))
     library = Path(os.__file__).resolve().parent
+    modules = list((library / "lib-dynload").glob("*.so"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
 
     def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return None if left_out & {*entry.name.split("/")} or "/config-" in entry.name else entry
 
+    needed = subprocess.run(["ldd", program, *modules], capture_output=True, text=True, check=True).stdout
     data = BytesIO()
     with tarfile.open(fileobj=data, mode="w", dereference=True) as archive:
         archive.add(program, "usr/bin/python3")
         archive.add(library, f"usr/lib/{library.name}", filter=wanted)
-        for line in subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout.splitlines():
-            path = next((word for word in line.split() if word.startswith("/")), None)
-            if path is not None:
-                archive.add(path, path.lstrip("/"))
+        for path in sorted(set(re.findall(r"(?:=> |^\s+)(/\S+) \(0x", needed, re.MULTILINE))):
+            archive.add(path, path.lstrip("/"))
         for folder, mode in (("tmp", 0o1777), ("own", 0o755)):
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, mode
