@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["docker_engine"]  # fixtures: docker_engine, docker_host, host_image
+
 WORKFLOW = Path(__file__).parent / "workflow"
 USES_BUILT = re.compile(r"^def \w+\((.*, )?built[,)]", re.MULTILINE)
 
