@@ -334,6 +334,9 @@ class Mount(Section):
 class Container(Section):
     """How an engine's container is run. Nothing is granted that is not named here."""
 
+    pull: Literal["missing", "never"] = Field(
+        "missing", description="missing: the image is pulled where Docker has it not; never: that is an error"
+    )
     network: Literal["bridge", "host"] = Field(
         "bridge", description="bridge: one port, published on the loopback alone; host: the engine binds the loopback"
     )
@@ -342,6 +345,7 @@ class Container(Section):
     ulimits: dict[str, int] = Field({}, description="limits of its processes by name, -1 for none: memlock, stack")
     memory_gb: float | None = Field(None, gt=0, description="main memory at most, 10^9 bytes; no limit if absent")
     cpus: float | None = Field(None, gt=0, description="processors at most; no limit if absent")
+    processes: PositiveInt = Field(16384, description="processes and threads at most")
     capabilities: list[str] = Field([], description="Linux capabilities that it keeps; all others are dropped")
     user: str | None = Field(None, min_length=1, description="UID or UID:GID it runs as; the image's own if absent")
     mounts: list[Mount] = Field([], description="directories that it sees besides the checkpoint")
@@ -372,7 +376,7 @@ class Target(Section):
     container: Container = Container()
     arguments: list[str] = Field(
         [],
-        description="of the engine, after those that follow from the other keys (model, name, host, port, devices, ...)",
+        description="of the engine, after those that follow from the other keys (model, name, host, port, devices)",
     )
     environment: dict[str, str] = Field({}, description="variables that the engine is started with")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
