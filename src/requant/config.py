@@ -376,7 +376,7 @@ class Target(Section):
     container: Container = Container()
     arguments: list[str] = Field(
         [],
-        description="of the engine, after those that follow from the other keys (model, name, host, port, devices)",
+        description="of the engine, after those that follow from other keys (docs/targets.md shows whole commands)",
     )
     environment: dict[str, str] = Field({}, description="variables that the engine is started with")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")

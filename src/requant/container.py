@@ -95,7 +95,6 @@ def _request(
         "cap_add": container.capabilities,
         "security_opt": ["no-new-privileges"],
         "auto_remove": False,  # the log and the exit status are read first
-        "use_config_proxy": False,  # of the user's own Docker client
     }
     if container.network == "bridge":
         request["ports"] = {f"{port}/tcp": {"HostIp": LOOPBACK, "HostPort": port}}
@@ -312,7 +311,9 @@ def _running(
     reader = None
     try:
         try:
-            container = client.containers.create(**request | {"labels": request["labels"] | {OWNER: mine}})
+            labels = request["labels"] | {OWNER: mine}
+            # No proxy of the user's own Docker client: it would be in the container's environment.
+            container = client.containers.create(**request | {"labels": labels}, use_config_proxy=False)
             container.start()
         except docker.errors.APIError as error:
             raise RequantError(_refused(request, error.explanation or str(error))) from error

@@ -37,7 +37,7 @@ ENGINES = {
     "healthy": 'mkdir /tmp/www; echo ok > /tmp/www/health; echo serving; httpd -f -p "$4:$6" -h /tmp/www & '
     "trap 'kill $!; exit 0' TERM; wait",
     "stubborn": 'mkdir /tmp/www; echo ok > /tmp/www/health; trap "" TERM; httpd -f -p "$4:$6" -h /tmp/www & wait',
-    "dies": "echo loading; echo 'OSError: config.json has no model_type' >&2; exit 3",
+    "dies": "echo loading >&2; echo 'OSError: config.json has no model_type' >&2; exit 3",
     "loads": "echo 'loading shard 1 of 9'; echo 'loading shard 2 of 9'; exec sleep 600",
     "fills": "exec python -c \"b'x' * 10**9\"",
 }
@@ -161,7 +161,6 @@ def test_the_request_for_gpus_is_exactly_what_the_target_names():
         "user": "1000:1000",
         "device_requests": [{"Count": 8, "Capabilities": [["gpu"]]}],
         "auto_remove": False,
-        "use_config_proxy": False,
     }
 
 
@@ -275,8 +274,8 @@ def test_an_engine_that_needs_more_memory_than_it_may_have_is_named(tmp_path, do
 def test_an_engine_that_never_gets_healthy_is_stopped_and_its_last_lines_shown(
     tmp_path, docker_host, stand_in, checkpoint
 ):
-    message = refusal_of(stand_in("loads", startup_seconds=2), checkpoint, tmp_path / "log")
-    assert "no answer to /health after 2 s: loading shard 1 of 9 | loading shard 2 of 9; " in message
+    message = refusal_of(stand_in("loads", startup_seconds=3), checkpoint, tmp_path / "log")
+    assert "no answer to /health after 3 s: loading shard 1 of 9 | loading shard 2 of 9; " in message
     assert "startup_seconds" in message and containers(docker_host) == []
 
 
