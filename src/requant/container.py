@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from requant.config import Target
 from requant.engine_command import LOOPBACK, MOUNTED, engine_command
-from requant.errors import RequantError, plain
+from requant.errors import RequantError, brief, plain
 from requant.jobs import progress
 from requant.serving import (
     ENGINES,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SERVED = "requant.served"  # label: what the container serves
 OWNER = "requant.owner"  # label: the process that it belongs to, see `owner`
 SOCKET = "unix:///var/run/docker.sock"  # where Docker listens unless DOCKER_HOST says otherwise
-ANSWER_SECONDS = 60  # for one answer of Docker
+ANSWER_SECONDS = 120  # for one answer of Docker
 SAME_PROCESS_SECONDS = 60.0  # how far a process's start may seem to move when the clock is set
 
 
@@ -180,7 +180,7 @@ def serve_in_container(
                 command=shown_command(target, name, quantization, engine_host(target)),
                 environment=engine_environment(target, threads),
                 startup_seconds=seconds,
-                container=shown | {"image_id": image.id, "image_digests": image.attrs.get("RepoDigests") or []},
+                container={"request": shown, "image_id": image.id, "image_digests": image.attrs["RepoDigests"] or []},
             )
 
 
@@ -235,7 +235,7 @@ def remove_leftovers(client: "DockerClient") -> list[str]:
     removed = []
     for container in client.containers.list(all=True, filters={"label": OWNER}, ignore_removed=True):
         if _owner_is_gone(container.labels[OWNER]):
-            with contextlib.suppress(docker.errors.NotFound):
+            with contextlib.suppress(docker.errors.APIError):  # another start is removing it too
                 container.remove(force=True, v=True)
                 progress(f"removed container {container.name}: the process that started it is gone")
                 removed.append(container.name)
@@ -273,6 +273,10 @@ def _image(client: "DockerClient", target: Target, log: BinaryIO) -> Any:
                 f"{target.image}: no such image in Docker, and the target's `container.pull` is never; expected it "
                 f"there: `docker pull {target.image}`, or `pull: missing`"
             ) from None
+    except docker.errors.APIError as error:
+        raise RequantError(
+            f"{brief(target.image)}: {plain(said_by(error))}; expected NAME:TAG or NAME@sha256:HASH"
+        ) from error
     progress(f"pulling {target.image}")
     repository, tag = docker.utils.parse_repository_tag(target.image)
     try:
@@ -287,7 +291,12 @@ def _image(client: "DockerClient", target: Target, log: BinaryIO) -> Any:
                 log.flush()
         return client.images.get(target.image)
     except docker.errors.APIError as error:
-        raise RequantError(_not_pulled(target.image, error.explanation or str(error))) from error
+        raise RequantError(_not_pulled(target.image, said_by(error))) from error
+
+
+def said_by(error: Exception) -> str:
+    """What Docker says of a failure, without the request that it failed at."""
+    return str(getattr(error, "explanation", None) or error)
 
 
 def _not_pulled(image: str, said: str) -> str:
@@ -306,6 +315,7 @@ def _running(
     Raises RequantError if Docker refuses it.
     """
     import docker
+    import requests
 
     mine = owner()
     reader = None
@@ -315,8 +325,8 @@ def _running(
             # No proxy of the user's own Docker client: it would be in the container's environment.
             container = client.containers.create(**request | {"labels": labels}, use_config_proxy=False)
             container.start()
-        except docker.errors.APIError as error:
-            raise RequantError(_refused(request, error.explanation or str(error))) from error
+        except (docker.errors.APIError, requests.RequestException) as error:
+            raise RequantError(_refused(request, said_by(error))) from error
         reader = threading.Thread(target=_copy_output, args=(container, log), daemon=True)
         reader.start()
         yield container, reader
@@ -339,11 +349,10 @@ def _refused(request: dict[str, Any], said: str) -> str:
 
 
 def _copy_output(container: "Container", log: BinaryIO) -> None:
-    """Copies what the container writes until it ends."""
+    """Copies what the container writes until it ends, Docker answers no more, or the disk takes no more."""
     import docker
-    import requests
 
-    with contextlib.suppress(docker.errors.DockerException, requests.RequestException, ValueError):
+    with contextlib.suppress(docker.errors.DockerException, OSError, ValueError):
         for part in container.logs(stream=True, follow=True):
             log.write(part)
             log.flush()
@@ -352,11 +361,14 @@ def _copy_output(container: "Container", log: BinaryIO) -> None:
 def _how_ended(container: "Container", reader: threading.Thread, target: Target) -> str | None:
     """How the container ended, its output being read to the end; None while it runs."""
     import docker
+    import requests
 
     try:
         container.reload()
     except docker.errors.NotFound:
         return "was removed"
+    except requests.RequestException as error:
+        return f"can't be seen any more, Docker does not answer ({plain(error)}),"
     state = container.attrs["State"]
     if state["Running"]:
         return None

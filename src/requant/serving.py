@@ -57,7 +57,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 class Server:
     """An engine that answers. `command` has {model} and {port} in place of the directory and the port.
 
-    container: what was asked of Docker, with the same placeholders, and the image's digests; None for a program.
+    container: None for a program; else {request: what was asked of Docker, with the same placeholders, image_id: hash
+    of the image's configuration, image_digests: its names by digest in the registries that it came from}.
     """
 
     url: str
@@ -111,6 +112,7 @@ def serve(
             log,
             target.startup_seconds,
         )
+        seconds = time.monotonic() - started
         yield Server(
             url=url,
             model=name,
@@ -119,7 +121,7 @@ def serve(
             version=_version(program, target.engine),
             command=shown_command(target, name, quantization, LOOPBACK),
             environment=environment,
-            startup_seconds=time.monotonic() - started,
+            startup_seconds=seconds,
         )
 
 

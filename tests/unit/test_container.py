@@ -5,6 +5,9 @@ asked of Docker for GPUs and for published ports is tested as data. Where only s
 shell script with busybox's web server stands in for the serving engine.
 """
 
+import gzip
+import hashlib
+import http.server
 import json
 import os
 import re
@@ -12,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +23,7 @@ from pathlib import Path
 import docker
 import psutil
 import pytest
-from docker_engine import host_environment, host_mounts
+from docker_engine import busybox_archive, host_environment, host_mounts
 from openai import OpenAI
 
 from requant import container, serving
@@ -102,6 +106,59 @@ def checkpoint(tmp_path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     return folder
+
+
+@pytest.fixture
+def registry(docker_host):
+    """(host:port, digest) of a stand-in for a registry that has the image requant/engine:1; Docker asks it as any."""
+    files = busybox_archive()
+    layer = gzip.compress(files, mtime=0)
+    settings = {"architecture": docker_host.client.version()["Arch"], "os": "linux", "config": {}}
+    settings["rootfs"] = {"type": "layers", "diff_ids": [digest_of(files)]}
+    config = json.dumps(settings).encode()
+    kinds = {"config": "application/vnd.docker.container.image.v1+json"}
+    kinds["layer"] = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    entries = {
+        name: {"mediaType": kinds[name], "size": len(blob), "digest": digest_of(blob)}
+        for name, blob in (("config", config), ("layer", layer))
+    }
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    manifest = json.dumps(
+        {"schemaVersion": 2, "mediaType": kind, "config": entries["config"], "layers": [entries["layer"]]}
+    ).encode()
+    digest = digest_of(manifest)
+    answers = {"/v2/": b"{}"}
+    answers |= {f"/v2/requant/engine/manifests/{name}": manifest for name in ("1", digest)}
+    answers |= {f"/v2/requant/engine/blobs/{digest_of(blob)}": blob for blob in (config, layer)}
+
+    class Registry(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = answers.get(self.path)
+            self.send_response(200 if body is not None else 404)
+            self.send_header("Content-Type", kind if "/manifests/" in self.path else "application/octet-stream")
+            self.send_header("Content-Length", str(len(body or b"")))
+            if "/manifests/" in self.path:
+                self.send_header("Docker-Content-Digest", digest)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *parts):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{server.server_port}"
+        yield place, digest
+        server.shutdown()
+    for image in docker_host.client.images.list(name=f"{place}/requant/engine"):
+        docker_host.client.images.remove(image.id, force=True)
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def containers(engine) -> list[str]:
@@ -250,13 +307,12 @@ def test_the_demo_answers_from_a_container_as_from_a_program(tmp_path, docker_ho
     assert server.engine == "transformers serve" and server.version == version("transformers")
     assert " ".join(server.command) == "transformers serve {model} --host 127.0.0.1 --port {port} --device cpu"
     assert server.container["image_id"].startswith("sha256:") and server.container["image_digests"] == []
-    assert server.container["mounts"][0] == {
-        "Type": "bind",
-        "Source": "{model}",
-        "Target": "/model",
-        "ReadOnly": True,
-    }
-    assert str(port) not in json.dumps(server.container) and "{port}" in server.container["command"]
+    request = server.container["request"]
+    assert request["mounts"][0] == {"Type": "bind", "Source": "{model}", "Target": "/model", "ReadOnly": True}
+    assert [*request["entrypoint"], *request["command"]] == [
+        "/model" if word == "{model}" else word for word in server.command
+    ]
+    assert str(port) not in json.dumps(request) and str(model) not in json.dumps(request)
 
 
 def test_an_engine_that_ends_is_one_line_with_its_status_and_last_lines(tmp_path, docker_host, stand_in, checkpoint):
@@ -310,11 +366,33 @@ def test_an_image_that_is_not_there_is_not_pulled_if_the_target_says_never(tmp_p
     assert "requant-test/nothing:1: no such image in Docker, and the target's `container.pull` is never" in message
 
 
+def test_a_name_that_no_image_can_have_is_one_line(tmp_path, docker_host, checkpoint):
+    message = refusal_of(Target(image="Not An Image"), checkpoint, tmp_path / "log")
+    assert "Not An Image" in message and "invalid reference format" in message
+
+
 def test_a_registry_that_does_not_answer_is_one_line(tmp_path, docker_host, checkpoint):
     target = Target(image="127.0.0.1:1/requant/nothing:1")  # a registry on a port where nothing listens
     message = refusal_of(target, checkpoint, tmp_path / "log")
     assert "127.0.0.1:1/requant/nothing:1: no such image in Docker, and it can't be pulled: " in message
     assert "connection refused" in message
+
+
+@pytest.mark.parametrize("by", ["tag", "digest"])
+def test_a_missing_image_is_pulled_and_its_digest_recorded(tmp_path, docker_host, stand_in, checkpoint, registry, by):
+    place, digest = registry
+    image = f"{place}/requant/engine{':1' if by == 'tag' else f'@{digest}'}"
+    target = stand_in("healthy").model_copy(update={"image": image})
+    with serve_at(target, checkpoint, tmp_path / "log") as server:
+        assert server.container["image_digests"] == [f"{place}/requant/engine@{digest}"]
+        assert server.container["request"]["image"] == image
+    log = (tmp_path / "log").read_text()
+    assert f"Status: Downloaded newer image for {image}" in log and log.endswith("serving\n")
+
+
+def test_an_image_that_the_registry_has_not_is_one_line(tmp_path, docker_host, checkpoint, registry):
+    message = refusal_of(Target(image=f"{registry[0]}/requant/engine:2"), checkpoint, tmp_path / "log")
+    assert f"{registry[0]}/requant/engine:2: no such image in Docker, and it can't be pulled: " in message
 
 
 def test_a_gpu_that_docker_can_not_give_is_one_line_and_no_container_stays(
