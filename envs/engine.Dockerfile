@@ -1,6 +1,6 @@
 # The image of target cpu-docker: `transformers serve` on a CPU, in the versions and with the hashes of the locks.
 #   docker build --tag requant-engine:cpu --file envs/engine.Dockerfile envs
-# BASE is any image with Python 3.11 and pip. TORCH=cuda takes the build of torch that pip's usual index has, 5 GB;
+# BASE is any image with Python 3.11 and venv. TORCH=cuda takes the build of torch that pip's usual index has, 5 GB;
 # for cpu, PIP_EXTRA_INDEX_URL names an index that has torch's CPU builds, unless pip's own does.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
