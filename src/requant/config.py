@@ -334,6 +334,9 @@ class Mount(Section):
 class Container(Section):
     """How an engine's container is run. Nothing is granted that is not named here."""
 
+    pull: Literal["missing", "never"] = Field(
+        "missing", description="missing: the image is pulled where Docker has it not; never: that is an error"
+    )
     network: Literal["bridge", "host"] = Field(
         "bridge", description="bridge: one port, published on the loopback alone; host: the engine binds the loopback"
     )
@@ -342,14 +345,28 @@ class Container(Section):
     ulimits: dict[str, int] = Field({}, description="limits of its processes by name, -1 for none: memlock, stack")
     memory_gb: float | None = Field(None, gt=0, description="main memory at most, 10^9 bytes; no limit if absent")
     cpus: float | None = Field(None, gt=0, description="processors at most; no limit if absent")
+    processes: PositiveInt = Field(16384, description="processes and threads at most")
     capabilities: list[str] = Field([], description="Linux capabilities that it keeps; all others are dropped")
     user: str | None = Field(None, min_length=1, description="UID or UID:GID it runs as; the image's own if absent")
     mounts: list[Mount] = Field([], description="directories that it sees besides the checkpoint")
 
 
-class Target(Section):
-    """A place to serve a release at: which engine, in which image, with which arguments, on what."""
+class Limit(Section):
+    """Something that a target can't run."""
 
+    what: str = Field(min_length=1, description="what it can't run")
+    why: str = Field(min_length=1, description="the reason")
+
+
+class Target(Section):
+    """A place to serve a release at: which engine, in which image, with which arguments, on what.
+
+    A name that is not here is looked for in config/targets/ of requant's checkout (docs/targets.md lists them). An
+    entry may start from such a target, or from another entry, by `like: NAME`: what it says itself replaces what that
+    one says, and mappings (`container`, `environment`) are merged.
+    """
+
+    description: str | None = Field(None, min_length=1, description="what it is, in a sentence, for people")
     engine: Literal["transformers", "vllm", "sglang"] = Field("transformers", description="the server")
     image: str | None = Field(
         None,
@@ -359,7 +376,7 @@ class Target(Section):
     container: Container = Container()
     arguments: list[str] = Field(
         [],
-        description="of the engine, after those that every engine gets (model, host, port, context, devices)",
+        description="of the engine, after those that follow from other keys (docs/targets.md shows whole commands)",
     )
     environment: dict[str, str] = Field({}, description="variables that the engine is started with")
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
@@ -367,6 +384,12 @@ class Target(Section):
     devices: PositiveInt = Field(1, description="GPUs that share the weights")
     memory_gb: float | None = Field(None, gt=0, description="memory of a device, 10^9 bytes")
     memory_fraction: float = Field(0.85, gt=0, le=1, description="part of it for weights and KV cache")
+    kv_cache: Literal["bf16", "fp8_e4m3"] | None = Field(
+        None, description="format of the KV cache; what the engine chooses, which is planned as BF16, if absent"
+    )
+    quantization: Literal["compressed-tensors", "modelopt_fp4"] | None = Field(
+        None, description="quantization that checkpoints have to have; any, each by its own name, if absent"
+    )
     concurrency: PositiveInt = Field(1, description="requests at a time")
     context: PositiveInt | None = Field(None, description="tokens a request should have; the model's own if absent")
     weights: Literal["auto", "decoded"] = Field(
@@ -374,6 +397,7 @@ class Target(Section):
     )
     startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
+    limits: list[Limit] = Field([], description="what it can't run, and why, for people")
 
     @model_validator(mode="after")
     def _engine_has_its_gpu(self):

@@ -1,21 +1,24 @@
-"""The engine of a target, started: a program of this environment, or a container."""
+"""The engine of a target, started: a program of this machine, or a container."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from requant.config import Target
-from requant.errors import RequantError
+from requant.container import serve_in_container
 from requant.serving import Server, serve
 
 
 @contextlib.contextmanager
-def serve_at(target: Target, model: Path, log: Path, threads: int = 1) -> Iterator[Server]:
+def serve_at(
+    target: Target, model: Path, log: Path, threads: int = 1, *, name: str | None = None, port: int = 0
+) -> Iterator[Server]:
     """Serves the checkpoint in `model` as `target` says; the engine's output goes to `log`. It ends with the block.
 
-    Raises RequantError, with the log's last lines and path, if it does not answer in time.
+    name: what requests call the model, where the engine can be told; the directory's name if absent. port: of the
+    loopback; 0 for a free one. Raises RequantError if the engine can't be started, and with the log's last lines and
+    path if it does not answer in time.
     """
-    if target.engine != "transformers" or target.image is not None:
-        raise RequantError(f"engine {target.engine}, image {target.image}: not started here; expected transformers")
-    with serve(model, log, device=target.device, threads=threads, startup_seconds=target.startup_seconds) as server:
+    start = serve if target.image is None else serve_in_container
+    with start(model, log, target, threads=threads, name=name, port=port) as server:
         yield server

@@ -1,17 +1,18 @@
 """Starting an engine on a loopback port, and never leaving it behind.
 
-The engine is a child process in a session of its own. It ends with the `with` block, whatever ends that: an
-answer, an exception, Ctrl-C or SIGTERM. If this process is killed outright, the kernel kills the engine
-(PR_SET_PDEATHSIG): nothing in user space could, and a server that stays holds its port and the model's
-memory.
+Here the engine is a program of this machine; `requant.container` starts one in a container. The program is a child
+process in a session of its own. It ends with the `with` block, whatever ends that: an answer, an exception, Ctrl-C
+or SIGTERM. If this process is killed outright, the kernel kills the engine (PR_SET_PDEATHSIG): nothing in user
+space could, and a server that stays holds its port and the model's memory.
 """
 
 import contextlib
-import importlib.metadata
+import http.client
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,14 +21,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from requant.errors import RequantError
+from requant.config import Target
+from requant.engine_command import LOOPBACK, engine_command, quantization_of
+from requant.errors import RequantError, plain
 
 STOP_SECONDS = 10.0  # for an orderly end before SIGKILL
 POLL_SECONDS = 0.1
+LAST_LINES = 5  # of a log, in an error
+UNKNOWN = "unknown"  # version of an engine that does not tell
+ENGINES = {"transformers": "transformers serve", "vllm": "vllm serve", "sglang": "sglang"}
+# Engines ask nobody, and their logs are plain lines that appear when they are written.
+PLAIN = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "TYPER_STANDARD_TRACEBACK": "1", "PYTHONUNBUFFERED": "1"}
 # The engine reads local files only: it needs none of the credentials that the caller's environment may hold.
 _SECRET = re.compile(r"TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|NETRC", re.IGNORECASE)
 _LISTENING = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
@@ -46,7 +55,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 @dataclass(frozen=True)
 class Server:
-    """An engine that answers. `command` has {model} and {port} in place of the directory and the port."""
+    """An engine that answers. `command` has {model} and {port} in place of the directory and the port.
+
+    container: None for a program; else {request: what was asked of Docker, with the same placeholders, image_id: hash
+    of the image's configuration, image_digests: its names by digest in the registries that it came from}.
+    """
 
     url: str
     model: str
@@ -56,58 +69,102 @@ class Server:
     command: list[str]
     environment: dict[str, str]
     startup_seconds: float
+    container: dict[str, Any] | None = None
 
 
 @contextlib.contextmanager
 def serve(
     model: str | Path,
     log: str | Path,
+    target: Target | None = None,
     *,
-    device: str = "cpu",
     threads: int = 1,
-    startup_seconds: float = 180.0,
+    name: str | None = None,
+    port: int = 0,
 ) -> Iterator[Server]:
-    """Serves the checkpoint in `model` with `transformers serve`; its output goes to `log`.
+    """Serves the checkpoint in `model` with the program of the target's engine; its output goes to `log`.
 
-    Requests name the model `Server.model`. The engine sees no network, an empty Hugging Face home and no
-    credentials. Call it from the main thread: the parent-death signal is bound to the thread that starts the
-    engine. Raises RequantError, with the log's last line and path, if the engine ends or does not answer its
-    health check within `startup_seconds`.
+    The target is `transformers serve` on the CPU unless given. Requests name the model `Server.model`: `name`, by
+    default the directory's own, where the engine can be told. A `port` of 0 is a free one. The engine sees no
+    network, an empty Hugging Face home and no credentials. Call it from the main thread: the parent-death signal is
+    bound to the thread that starts the engine. Raises RequantError if the port is taken or the program is not
+    installed, and, with the log's last lines and path, if the engine ends or does not answer its health check in
+    the target's `startup_seconds`.
     """
-    model = Path(model).resolve()
-    shown = [
-        "transformers",
-        "serve",
-        "{model}",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "{port}",
-        "--device",
-        device,
-    ]
-    # Port 0: the kernel chooses when the engine binds, so nobody can take the port in between.
+    target = target or Target()
+    model, log = Path(model).resolve(), Path(log)
     # The model is named relative to its parent: the engine reads '@' and '.gguf' in a name as its own syntax.
-    fillings = {"{model}": model.name, "{port}": "0"}
-    command = [_transformers_command(), *(fillings.get(part, part) for part in shown[1:])]
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    name = name_for_requests(target, model.name, name or model.name)
+    port = chosen_port(port, target)
+    quantization = checkpoint_quantization(target, model)
+    command = engine_command(target, model.name, name, port, LOOPBACK, quantization)
+    environment = engine_environment(target, threads)
+    program = _program(command[0], target)
     with (
         unwinding_on_sigterm(),
         tempfile.TemporaryDirectory(prefix="requant-engine-") as home,
-        _engine(command, model.parent, _child_environment(environment, Path(home)), Path(log)) as process,
+        _engine([program, *command[1:]], model.parent, _child_environment(environment, Path(home)), log) as process,
     ):
         started = time.monotonic()
-        url = _wait_until_healthy(process, Path(log), startup_seconds)
+        url = wait_until_healthy(
+            lambda: _url(port, log),
+            lambda: None if process.poll() is None else f"ended with status {process.returncode}",
+            log,
+            target.startup_seconds,
+        )
+        seconds = time.monotonic() - started
         yield Server(
             url=url,
-            model=model.name,
+            model=name,
             pid=process.pid,
-            engine="transformers serve",
-            version=importlib.metadata.version("transformers"),
-            command=shown,
+            engine=ENGINES[target.engine],
+            version=_version(program, target.engine),
+            command=shown_command(target, name, quantization, LOOPBACK),
             environment=environment,
-            startup_seconds=time.monotonic() - started,
+            startup_seconds=seconds,
         )
+
+
+def engine_environment(target: Target, threads: int) -> dict[str, str]:
+    """What an engine is told by variables: no network, on a CPU how many threads, and what the target says."""
+    on_cpu = {"OMP_NUM_THREADS": str(threads)} if target.device == "cpu" else {}
+    return {"HF_HUB_OFFLINE": "1", **on_cpu, **target.environment}
+
+
+def name_for_requests(target: Target, path: str, name: str) -> str:
+    """What requests call the model: `name`, but for transformers the path that the engine was given."""
+    return path if target.engine == "transformers" else name
+
+
+def checkpoint_quantization(target: Target, model: Path) -> str | None:
+    """The quantization that the engine has to be told; transformers reads it itself."""
+    return None if target.engine == "transformers" else quantization_of(model)
+
+
+def shown_command(target: Target, name: str, quantization: str | None, host: str) -> list[str]:
+    """The engine's command, with {model} for the checkpoint's directory and {port} for the port."""
+    command = engine_command(target, "{model}", name, 0, host, quantization)
+    command[command.index("--port") + 1] = "{port}"
+    return command
+
+
+def chosen_port(port: int, target: Target) -> int:
+    """`port` if it is free, else an error. For 0 a free one, or 0 where the engine itself finds one.
+
+    transformers as a program does: the kernel chooses when it binds, so nobody can take the port in between.
+    """
+    if port == 0 and target.engine == "transformers" and target.image is None:
+        return 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise RequantError(
+                f"port {port} of {LOOPBACK}: {os.strerror(error.errno)}; expected a free one: end what listens there, "
+                "or choose another port"
+            ) from error
+        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -170,37 +227,69 @@ def _child_environment(settings: dict[str, str], home: Path) -> dict[str, str]:
     cache = home / "hub"
     cache.mkdir()  # the engine fails on a cache folder that is absent
     private = {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_XET_CACHE": str(home / "xet")}
-    plain = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "TYPER_STANDARD_TRACEBACK": "1", "PYTHONUNBUFFERED": "1"}
-    return {**kept, **plain, **private, **settings}
+    return {**kept, **PLAIN, **private, **settings}
 
 
-def _transformers_command() -> str:
-    """Path of the `transformers` program of this interpreter's environment."""
+def _program(name: str, target: Target) -> str:
+    """Path of the program `name`: in the target's PATH if it names one, else in this interpreter's environment."""
     folders = [str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
-    found = shutil.which("transformers", path=os.pathsep.join(folders))
+    if "PATH" in target.environment:
+        folders = target.environment["PATH"].split(os.pathsep)
+    found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
+        package = {"transformers": "transformers[serving]"}.get(target.engine, target.engine)
         raise RequantError(
-            f"transformers: no such program in {folders[0]} or PATH; expected the serving engine: install "
-            "`transformers[serving]`"
+            f"{name}: no such program in {folders[0]} or PATH; expected the serving engine: install `{package}`, or "
+            "give the target an `image`"
         )
     return found
 
 
-def _wait_until_healthy(process: subprocess.Popen, log: Path, seconds: float) -> str:
-    """The engine's base URL, once its health check answers 200."""
+def _version(program: str, engine: str) -> str:
+    """The engine's version, as the Python says that `program` belongs to."""
+    python = Path(program).parent / "python3"
+    if not python.exists():
+        python = Path(program).resolve().parent / "python3"  # of a link that pipx or uv made
+    try:
+        command = [python, "-c", version_script(engine)]
+        return subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return UNKNOWN
+
+
+def version_script(engine: str) -> str:
+    """Python code that prints the version of an engine."""
+    return f"from importlib.metadata import version; print(version({engine!r}))"
+
+
+def _url(port: int, log: Path) -> str | None:
+    """Where the engine should answer; None while it has not yet said which port it found."""
+    listening = port or ((said := _LISTENING.search(log.read_text(errors="replace"))) and said[1])
+    return f"http://{LOOPBACK}:{listening}" if listening else None
+
+
+def wait_until_healthy(
+    find_url: Callable[[], str | None], how_ended: Callable[[], str | None], log: Path, seconds: float
+) -> str:
+    """The engine's base URL, once its health check answers 200.
+
+    find_url: the URL as soon as it is known. how_ended: how the engine ended, None while it runs. Raises RequantError
+    with the log's last lines if it ends, or does not answer in `seconds`.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if process.poll() is not None:
+        url = find_url()
+        healthy = url is not None and _status(f"{url}/health") == 200
+        if (ended := how_ended()) is not None:  # asked last: what answers may be another engine on the same port
             raise RequantError(
-                f"{log}: the engine ended with status {process.returncode} before it served: "
-                f"{_last_line(log)}; expected an answer to /health; the log has the rest"
+                f"{log}: the engine {ended} before it served: {last_lines(log)}; expected an answer to /health; the "
+                "log has the rest"
             )
-        listening = _LISTENING.search(log.read_text(errors="replace"))
-        if listening and _status(f"http://127.0.0.1:{listening[1]}/health") == 200:
-            return f"http://127.0.0.1:{listening[1]}"
+        if healthy:
+            return url
         time.sleep(POLL_SECONDS)
     raise RequantError(
-        f"{log}: no answer to /health after {seconds:g} s: {_last_line(log)}; expected 200; "
+        f"{log}: no answer to /health after {seconds:g} s: {last_lines(log)}; expected 200; "
         "raise `startup_seconds` of the target if the engine was only slow"
     )
 
@@ -213,11 +302,11 @@ def _status(url: str) -> int | None:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 
-def _last_line(log: Path) -> str:
-    """The last line that says something, cut to 200 characters."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it wrote nothing"
+def last_lines(log: Path) -> str:
+    """The last lines that say something, on one line."""
+    lines = [plain(line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-LAST_LINES:]) if lines else "it wrote nothing"

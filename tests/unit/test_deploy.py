@@ -102,7 +102,7 @@ def stand_in(tmp_path, monkeypatch):
         path = tmp_path / "transformers"
         path.write_text(ENGINE.replace("BEHAVIOUR", repr(behaviour)))
         path.chmod(0o755)
-        monkeypatch.setattr(serving, "_transformers_command", lambda: str(path))
+        monkeypatch.setattr(serving, "_program", lambda *_: str(path))
         return path
 
     return install
@@ -258,7 +258,7 @@ def test_an_engine_that_never_gets_healthy_is_stopped(tmp_path, stand_in):
     stand_in("sick")
     with (
         pytest.raises(RequantError, match="no answer to /health after 2 s: ") as raised,
-        serving.serve(tmp_path, tmp_path / "log", startup_seconds=2),
+        serving.serve(tmp_path, tmp_path / "log", Target(startup_seconds=2)),
     ):
         pass
     assert "startup_seconds" in str(raised.value) and "\n" not in str(raised.value)
@@ -286,7 +286,7 @@ def test_nothing_is_left_after_the_job_is_ended(tmp_path, stand_in, number):
 import signal, tempfile, time
 from requant import deploy, serving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
-serving._transformers_command = lambda: {str(engine)!r}
+serving._program = lambda *_: {str(engine)!r}
 tempfile.tempdir = {str(tmp_path)!r}
 with serving.unwinding_on_sigterm(), deploy.temporary_folder({str(tmp_path / "served")!r}):
     with serving.serve({str(tmp_path)!r}, {str(tmp_path / "log")!r}) as server:
