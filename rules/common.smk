@@ -28,17 +28,27 @@ from requant.config import parse as parse_config, verify_limits
 from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
 from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
+from requant.fp8 import without_scales
 from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
-from requant.naming import places
+from requant.naming import entries, places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 from requant.preflight import check_context, check_group, check_model, check_source
 from requant.pruning import check_counts, kept_experts
 from requant.schemes import SCHEMES
 from requant.signature import check_key
+from requant.sizes import Shaped
 from requant.standalone import standalone
-from requant.targets import check_deployable, check_scheme
+from requant.target_files import FOLDER, with_targets
+from requant.targets import (
+    check_family,
+    check_here,
+    check_memory,
+    check_scheme,
+    wanted_context,
+    weight_bytes,
+)
 from requant.unchanged import check_release, gone, is_as_checked, is_as_packed, is_as_read
 from requant.view import group_count, pruned_config, routed_experts
 
@@ -78,7 +88,8 @@ def or_warn(function, *arguments):
 
 
 # `--config model=NAME` belongs to the rule `lock`.
-CONFIG = or_stop(parse_config, {key: value for key, value in config.items() if key != "model"})
+GIVEN = {key: value for key, value in config.items() if key != "model"}
+CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
 
 if workflow.is_main_process:
     if not workflow.output_settings.dryrun:
@@ -359,6 +370,8 @@ def preflight(release):
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
+    or_stop(check_family, release, model_config["model_type"], target, CONFIG.targets[target])
+    check_target_memory(release)
     chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config, scheme.quantizes)
     for walked, calibration, ends in reference_chains(release):
         at = CONFIG.calibrations[calibration]
@@ -366,6 +379,34 @@ def preflight(release):
     stored = kept_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
+
+
+def check_target_memory(release):
+    """Ends the planning if a release and the KV cache that is wanted beside it don't fit its target."""
+    settings = CONFIG.releases[release]
+    model, target = settings.model, CONFIG.targets[settings.deploy.target]
+    if target.memory_gb is None:
+        return
+    model_config, pruned = checkpoint_plan(model)[0], CONFIG.models[model].prune is not None
+    weights = weight_bytes(
+        model_config,
+        source_tensors(source_name(model)),
+        SCHEMES[settings.scheme],
+        settings.keep,
+        pruned or settings.mtp == "drop",
+        target,
+    )
+    wanted = wanted_context(target, model_config, CONFIG.calibrations[settings.calibration].seqlen)
+    or_stop(check_memory, release, settings.deploy.target, target, weights, model_config, wanted)
+
+
+@cache
+def source_tensors(model):
+    """The tensors of a model that is not pruned, by names as in transformers, with their shapes."""
+    path = lock_file(model)
+    tensors = lock_at(path).tensors if path is not None else or_stop(tensors_of, source_dir(model))
+    held = or_stop(entries, without_scales(tensors), checkpoint_plan(model)[0])
+    return {name: Shaped(entry.dtype, tuple(entry.shape)) for name, entry in held.items()}
 
 
 def reference_chains(release):
@@ -595,9 +636,13 @@ def demo_documents(wildcards):
 
 
 def files_to_serve(wildcards):
-    """`packed_files`, if the deploy stage can start the engine of the release's target."""
-    target = release_of(wildcards).deploy.target
-    or_stop(check_deployable, wildcards.release, target, CONFIG.targets[target])
+    """`packed_files`, if the deploy stage can start the engine of the release's target.
+
+    What this machine has says nothing of the one that a cluster's job will run on, nor of a release that was served.
+    """
+    name = release_of(wildcards).deploy.target
+    if workflow.local_exec and not Path(f"results/{wildcards.release}/deploy.json").exists():
+        or_warn(check_here, wildcards.release, name, CONFIG.targets[name])
     return packed_files(wildcards)
 
 
@@ -606,7 +651,9 @@ def deploy_config(wildcards):
 
 
 def target_config(wildcards):
-    return CONFIG.targets[release_of(wildcards).deploy.target].model_dump(mode="json")
+    """What is served, without what is said of it to people."""
+    told = {"description", "limits", "tested"}
+    return CONFIG.targets[release_of(wildcards).deploy.target].model_dump(mode="json", exclude=told)
 
 
 # Benchmarks

@@ -358,11 +358,37 @@ class Limit(Section):
     why: str = Field(min_length=1, description="the reason")
 
 
+# Flags of engines that follow from other keys of a target, or that no target may set.
+OWN_FLAGS = {
+    flag: reason
+    for reason, flags in {
+        "it is where the checkpoint is": ("--model", "--model-path", "--served-model-name"),
+        "requant chooses where the engine listens": ("--host", "--port"),
+        "`devices` says it": ("--tensor-parallel-size", "-tp", "--tp", "--tp-size", "--device"),
+        "`context` says it": ("--max-model-len", "--context-length"),
+        "`memory_fraction` says it": ("--gpu-memory-utilization", "--mem-fraction-static"),
+        "`kv_cache` says it": ("--kv-cache-dtype",),
+        "it follows from the checkpoint, or from `quantization`": ("--quantization", "-q"),
+        "no code of a checkpoint is run": ("--trust-remote-code",),
+        "a credential": ("--api-key", "--hf-token"),
+    }.items()
+    for flag in flags
+}
+# Names of variables that hold credentials, and of those that only look so.
+CREDENTIAL = re.compile(r"TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|NETRC", re.IGNORECASE)
+NO_CREDENTIALS = ("TOKENIZERS_PARALLELISM",)
+
+
+def is_credential(variable: str) -> bool:
+    """Whether an environment variable of that name holds what no engine needs to see: it reads local files only."""
+    return variable not in NO_CREDENTIALS and CREDENTIAL.search(variable) is not None
+
+
 class Target(Section):
     """A place to serve a release at: which engine, in which image, with which arguments, on what.
 
-    A name that is not here is looked for in config/targets/ of requant's checkout (docs/targets.md lists them). An
-    entry may start from such a target, or from another entry, by `like: NAME`: what it says itself replaces what that
+    Those of config/targets/ in requant's checkout are there without being named here (docs/targets.md has them). An
+    entry may start from one of them, or from another entry, by `like: NAME`: what it says itself replaces what that
     one says, and mappings (`container`, `environment`) are merged.
     """
 
@@ -398,6 +424,21 @@ class Target(Section):
     startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
     limits: list[Limit] = Field([], description="what it can't run, and why, for people")
+    tested: str | None = Field(None, min_length=1, description="what of it was run, for people")
+
+    @model_validator(mode="after")
+    def _nothing_twice(self):
+        for argument in self.arguments:
+            flag = argument.partition("=")[0]
+            if flag in OWN_FLAGS:
+                raise ValueError(f"arguments: {brief(argument)}: {OWN_FLAGS[flag]}; expected other arguments")
+        for name in self.environment:
+            if is_credential(name):
+                raise ValueError(
+                    f"environment: {plain(name, 80)}: a credential by its name; expected none: what a target says is "
+                    "recorded and published, and an engine reads local files only"
+                )
+        return self
 
     @model_validator(mode="after")
     def _engine_has_its_gpu(self):
@@ -607,7 +648,17 @@ def parse(data: dict) -> Config:
         raise RequantError("\n".join(f"config: {line}" for line in [*lines[:MOST_LINES], *more])) from None
 
 
-def _lines(problem: dict) -> list[str]:
+def parse_target(data: dict, where: str) -> Target:
+    """Checks one target by itself. Raises RequantError with a line for each problem, beginning with `where`."""
+    try:
+        return Target.model_validate(data)
+    except ValidationError as error:
+        lines = [plain(line, 600) for problem in error.errors(include_url=False) for line in _lines(problem, Target)]
+        raise RequantError("\n".join(f"{where}: {line}" for line in lines[:MOST_LINES])) from None
+
+
+def _lines(problem: dict, root: type[BaseModel] | None = None) -> list[str]:
+    """The lines of one problem; `root`: the section that its keys begin in, the whole config if absent."""
     key = plain(".".join(map(str, problem["loc"])), 120)
     found = brief(problem.get("input"))
     context = problem.get("ctx", {})
@@ -616,17 +667,17 @@ def _lines(problem: dict) -> list[str]:
         text = str(context["error"])
         return [f"{key}.{line}" if key else line for line in text.split("\n")]
     if kind == "extra_forbidden":
-        return [f"{key}: unknown key (value {found}); expected: one of {', '.join(_known_keys(problem['loc']))}"]
+        return [f"{key}: unknown key (value {found}); expected: one of {', '.join(_known_keys(problem['loc'], root))}"]
     if kind == "missing":
-        return [f"{key}: missing; expected: {_describe(problem['loc'])}"]
+        return [f"{key}: missing; expected: {_describe(problem['loc'], root)}"]
     if kind == "literal_error":
         return [f"{key}: {found}; expected: {context['expected']}"]
     return [f"{key or 'the whole'}: {found}; expected: {plain(problem['msg'].removeprefix('Input should be '))}"]
 
 
-def _section_at(location: tuple) -> type[BaseModel]:
+def _section_at(location: tuple, root: type[BaseModel] | None) -> type[BaseModel]:
     """The section class that holds the key at `location`."""
-    section: Any = Config
+    section: Any = root or Config
     for part in location[:-1]:
         if (field := _fields(section).get(part)) is not None:
             section = _inner_section(field.annotation) or section
@@ -647,10 +698,10 @@ def _inner_section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _known_keys(location: tuple) -> list[str]:
-    return sorted(_fields(_section_at(location)))
+def _known_keys(location: tuple, root: type[BaseModel] | None) -> list[str]:
+    return sorted(_fields(_section_at(location, root)))
 
 
-def _describe(location: tuple) -> str:
-    field = _fields(_section_at(location)).get(str(location[-1]))
+def _describe(location: tuple, root: type[BaseModel] | None) -> str:
+    field = _fields(_section_at(location, root)).get(str(location[-1]))
     return (field.description if field is not None else None) or "a value"

@@ -150,11 +150,11 @@ def smoke_test(
 def why_decoded(stored_format: str | None, moe: bool, target: Target) -> str | None:
     """Why weights stored in that format are decoded to be served at `target`; None if they are served as they are.
 
-    stored_format: None for BF16, which nothing can be decoded to.
+    stored_format: None for BF16, which nothing can be decoded to. vLLM and sglang compute with what they load.
     """
     if stored_format is None:
         return None
-    if stored_format in WHY_DECODED:
+    if stored_format in WHY_DECODED and target.engine == "transformers":
         return (WHY_DECODED_MOE.get(stored_format, "") if moe else "") + WHY_DECODED[stored_format]
     return WHY_ASKED if target.weights == "decoded" else None
 

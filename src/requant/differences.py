@@ -18,10 +18,10 @@ from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from requant.config import Reproduce, reproduce_limits
 from requant.errors import RequantError
 from requant.hashing import file_entry
-from requant.packed import PARTS, check_parts, decode_parts, scheme_of
+from requant.packed import PARTS, check_parts, decode_parts
 from requant.records import Record, TensorEntry
 from requant.safetensors_io import read_header
-from requant.schemes import Scheme
+from requant.schemes import Scheme, scheme_of
 
 if TYPE_CHECKING:
     import torch

@@ -1,23 +1,42 @@
 """The command that starts a target's engine: what the smoke test runs, `requant serve` shows and the card prints.
 
-Pure functions of the target. Flags as in transformers 5 (`transformers serve`), vLLM 0.21 (`vllm serve`) and
-sglang 0.5 (`sglang.launch_server`).
+Functions of the target alone, but for `quantization_of`. Flags as in transformers 5 (`transformers serve`), vLLM 0.31
+(`vllm serve`) and sglang 0.5 (`sglang.launch_server`).
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from requant.config import Target
 from requant.errors import RequantError
 
 MOUNTED = "/model"  # where a container has the checkpoint
 LOOPBACK = "127.0.0.1"
+DOCKER_FLAGS = {
+    "ipc_mode": "--ipc",
+    "shm_size": "--shm-size",
+    "mem_limit": "--memory",
+    "memswap_limit": "--memory-swap",
+    "pids_limit": "--pids-limit",
+    "cap_drop": "--cap-drop",
+    "cap_add": "--cap-add",
+    "security_opt": "--security-opt",
+    "user": "--user",
+}
+DIGEST = re.compile(r"@sha256:[0-9a-f]{64}$")
 # The format of the KV cache as each engine writes it.
 KV_CACHE = {
     "vllm": {"bf16": "bfloat16", "fp8_e4m3": "fp8_e4m3"},
     "sglang": {"bf16": "bf16", "fp8_e4m3": "fp8_e4m3"},
 }
+
+
+def is_pinned(image: str) -> bool:
+    """Whether `image` names its content, by digest; a tag may come to name another image."""
+    return DIGEST.search(image) is not None
 
 
 def engine_command(
@@ -86,33 +105,34 @@ def check_quantization(where: str, found: str | None, target: Target) -> None:
         )
 
 
-def docker_command(target: Target, folder: str, name: str, port: int, quantization: str | None = None) -> list[str]:
-    """A `docker run` that serves the checkpoint in `folder` of this machine as `target` says; for a shell.
+def docker_command(request: dict[str, Any]) -> list[str]:
+    """`docker run` for what `container.container_request` asks of Docker: the same container, for a shell.
 
-    The same container as the deploy stage's, less its name and log. Raises RequantError if the target has no image.
+    It removes itself when it ends. Raises KeyError for a part of a request that no flag stands for.
     """
-    if target.image is None:
-        raise RequantError(f"image: missing; the target starts {target.engine} as a program, without a container")
-    container, on_host = target.container, target.container.network == "host"
-    command = ["docker", "run", "--rm", "--network", container.network]
-    command += [] if on_host else ["--publish", f"{LOOPBACK}:{port}:{port}"]
-    command += ["--gpus", str(target.devices)] if target.device == "cuda" else []
-    command += ["--ipc", container.ipc]
-    command += ["--shm-size", container.shm_size] if container.shm_size else []
-    for limit, value in container.ulimits.items():
-        command += ["--ulimit", f"{limit}={value}"]
-    command += ["--memory", str(int(container.memory_gb * 1e9))] if container.memory_gb else []
-    command += ["--cpus", f"{container.cpus:g}"] if container.cpus else []
-    command += ["--cap-drop", "ALL", *(word for kept in container.capabilities for word in ("--cap-add", kept))]
-    command += ["--security-opt", "no-new-privileges"]
-    command += ["--user", container.user] if container.user else []
-    command += ["--volume", f"{folder}:{MOUNTED}:ro"]
-    for mount in container.mounts:
-        command += ["--volume", f"{mount.source}:{mount.target}:{'ro' if mount.read_only else 'rw'}"]
-    for variable, value in target.environment.items():
+    left = dict(request)
+    command = ["docker", "run", "--rm", "--name", left.pop("name"), "--network", left.pop("network_mode")]
+    for place, bound in left.pop("ports", {}).items():
+        command += ["--publish", f"{bound['HostIp']}:{bound['HostPort']}:{place.removesuffix('/tcp')}"]
+    for wanted in left.pop("device_requests", []):
+        command += ["--gpus", str(wanted["Count"])]
+    for limit in left.pop("ulimits", []):
+        command += ["--ulimit", f"{limit['Name']}={limit['Soft']}"]
+    for mount in left.pop("mounts"):
+        writable = ",readonly" if mount["ReadOnly"] else ""
+        command += ["--mount", f"type={mount['Type']},source={mount['Source']},target={mount['Target']}{writable}"]
+    for variable, value in left.pop("environment").items():
         command += ["--env", f"{variable}={value}"]
-    program, *rest = engine_command(target, MOUNTED, name, port, LOOPBACK if on_host else "0.0.0.0", quantization)
-    return [*command, "--entrypoint", program, target.image, *rest]
+    for label, value in left.pop("labels").items():
+        command += ["--label", f"{label}={value}"]
+    if (cpus := left.pop("nano_cpus", None)) is not None:
+        command += ["--cpus", f"{cpus / 1e9:g}"]
+    left.pop("auto_remove")  # `docker run` has --rm
+    (program,), image, arguments = left.pop("entrypoint"), left.pop("image"), left.pop("command")
+    for key, value in left.items():
+        for each in value if isinstance(value, list) else [value]:
+            command += [DOCKER_FLAGS[key], str(each)]
+    return [*command, "--entrypoint", program, image, *arguments]
 
 
 def shell(command: list[str]) -> str:

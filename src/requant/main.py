@@ -1,11 +1,13 @@
-"""The command `requant`: rebuild a published release and compare, or compare two copies of one.
+"""The command `requant`: rebuild a published release and compare, compare two copies of one, or serve one.
 
-Exit status: 0 the checkpoint has the same bytes; 1 the build failed; 2 bad input; 3 it differs, within the tolerance;
-4 it differs by more.
+Exit status of the first two: 0 the checkpoint has the same bytes; 1 the build failed; 2 bad input; 3 it differs, within
+the tolerance; 4 it differs by more. `requant serve` ends with 0 when it is told to, with 2 if it can't start.
 """
 
 import argparse
+import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="requant", description="Rebuild and compare releases.", epilog=STATUS)
+    parser = argparse.ArgumentParser(prog="requant", description="Rebuild, compare and serve releases.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     rebuild = commands.add_parser(
         "reproduce", help="rebuild a release from its provenance.json, and compare", epilog=STATUS
@@ -55,6 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     hold.add_argument("rebuilt", type=Path, metavar="REBUILT", help="folder of the copy")
     hold.add_argument("--record", type=Path, metavar="FILE", help="write what was found as JSON")
     hold.set_defaults(run=_compare)
+    serve = commands.add_parser("serve", help="serve a checkpoint at a target until Ctrl-C")
+    serve.add_argument("folder", type=Path, metavar="FOLDER", help="the checkpoint: results/{release}/model, or any")
+    serve.add_argument("--target", required=True, metavar="NAME", help="where: see docs/targets.md")
+    serve.add_argument("--configfile", type=Path, metavar="FILE", help="a config with `targets` of its own")
+    serve.add_argument("--port", type=_port, default=8000, help="of the loopback (default: 8000)")
+    serve.add_argument("--log", type=Path, default=Path("requant-serve.log"), help="the engine's output")
+    serve.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
+    serve.add_argument("--json", action="store_true", help="as JSON")
+    serve.set_defaults(run=_serve)
     for command in (rebuild, hold):
         command.add_argument(
             "--tolerance",
@@ -66,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
             help=f"in place of the limits in the release's config: {', '.join(Reproduce.model_fields)}",
         )
     return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 1 to 65535")
+    return int(text)
 
 
 def _input(text: str) -> tuple[str, Path]:
@@ -118,3 +135,37 @@ def _compare(asked: argparse.Namespace) -> int:
         write_json(asked.record, found)
     print(report(found), end="")
     return found.status
+
+
+def _serve(asked: argparse.Namespace) -> int:
+    from requant.engine_command import shell
+    from requant.reproduce import checkout
+    from requant.serve_folder import is_running, planned, served, shown
+    from requant.target_files import FOLDER, target_named
+
+    target = target_named(asked.target, asked.configfile, checkout() / FOLDER)
+    serving = planned(asked.folder, asked.target, target)
+    if asked.dry_run:
+        found = shown(serving, asked.port)
+        if asked.json:
+            print(json.dumps(found, indent=2))
+            return 0
+        if found["request"] is not None:
+            print(f"# what Docker is asked for (containers.create)\n{json.dumps(found['request'], indent=2)}\n")
+        if found["decoded"] is not None:
+            print(f"# weights decoded to BF16 in a folder of its own: {found['decoded']}")
+        variables = [f"{name}={value}" for name, value in found["environment"].items()]
+        print(shell([*(["env", *variables] if variables else []), *found["command"]]))
+        return 0
+    say = (lambda line: print(line, file=sys.stderr, flush=True)) if not asked.json else (lambda line: None)
+    try:
+        with served(serving, asked.port, asked.log, say) as server:
+            if asked.json:
+                print(json.dumps({"url": server.url, "model": server.model, "engine": server.engine}), flush=True)
+            say(f"{server.engine} {server.version} at {server.url}/v1, model {server.model!r}; Ctrl-C ends it")
+            while is_running(server.pid):
+                time.sleep(1)
+            raise RequantError(f"{asked.log}: the engine ended by itself; expected it to run: its log says more")
+    except KeyboardInterrupt:
+        say("stopped")
+    return 0

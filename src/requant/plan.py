@@ -16,6 +16,7 @@ from requant.deploy import why_decoded
 from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
 from requant.duration import observation, read_rates, seconds_on, stages
+from requant.engine_command import is_pinned
 from requant.errors import RequantError
 from requant.locks import load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
@@ -24,9 +25,17 @@ from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
 from requant.structure import ReleaseSize, Structure
-from requant.targets import cache_bytes_per_token, cached_tokens, unsupported
+from requant.targets import (
+    cache_bytes_per_token,
+    cached_tokens,
+    family_problem,
+    holds_packed,
+    shortage,
+    unsupported,
+    wanted_context,
+)
 from requant.view import routed_experts
-from requant.wording import duration
+from requant.wording import duration, gb
 
 
 @dataclass(frozen=True)
@@ -262,19 +271,23 @@ def states(subject: Subject, model: Structure) -> dict[str, int]:
 def serves_decoded(subject: Subject, model: Structure) -> bool:
     """Whether the deploy stage makes a BF16 copy of the release to serve it."""
     stored_format, moe = SCHEMES[subject.settings.scheme].format, any(kind.experts for kind in model.kinds)
-    return subject.target.engine == "transformers" and why_decoded(stored_format, moe, subject.target) is not None
+    return why_decoded(stored_format, moe, subject.target) is not None
 
 
 def target_plan(subject: Subject, model: Structure, released: int, scheme: Scheme) -> TargetPlan:
-    """How a release of `released` bytes fits its target. `transformers` holds BF16 values of all weights."""
-    target, packed = subject.target, subject.target.engine != "transformers"
-    weights = -(-(released if packed else 2 * model.parameters) // target.devices)
-    per_token = cache_bytes_per_token(model.config, target.devices)
-    tokens = cached_tokens(target, weights, per_token)
-    problem = unsupported(scheme, target)
+    """How a release of `released` bytes fits its target. What can't hold packed weights has BF16 values of all."""
+    target, packed = subject.target, holds_packed(subject.target)
+    weights = released if packed else 2 * model.parameters
+    each, per_token = (
+        -(-weights // target.devices),
+        cache_bytes_per_token(model.config, target.devices, target.kv_cache),
+    )
+    tokens = cached_tokens(target, each, per_token)
+    problem = unsupported(scheme, target) or family_problem(model.config["model_type"], target)
     limit = model.config.get("max_position_embeddings")
     context = None if tokens is None else max(0, min(tokens // target.concurrency, limit or tokens))
-    wanted = target.context or limit or subject.calibration.seqlen
+    wanted = wanted_context(target, model.config, subject.calibration.seqlen)
+    short = shortage(target, weights, model.config, wanted)
     return TargetPlan(
         target=subject.settings.deploy.target,
         engine=target.engine,
@@ -282,15 +295,17 @@ def target_plan(subject: Subject, model: Structure, released: int, scheme: Schem
         gpu=target.gpu,
         devices=target.devices,
         memory_bytes=None if target.memory_gb is None else round(target.memory_gb * 1e9),
+        image=target.image,
         problem=problem,
-        weights_bytes=weights,
+        weights_bytes=each,
         weights="packed" if packed and scheme.quantizes else "BF16",
         cache_bytes_per_token=per_token,
         cached_tokens=None if tokens is None else max(0, tokens),
         concurrency=target.concurrency,
         context=context,
         context_wanted=wanted,
-        fits=None if context is None else problem is None and context >= wanted,
+        fits=None if tokens is None else problem is None and short is None,
+        shortage=short,
     )
 
 
@@ -456,19 +471,16 @@ def remarks(record: PlanRecord) -> list[str]:
     """What a reader has to know beside the table."""
     found = [f"{stage.stage}: {stage.basis}" for stage in record.stages if stage.seconds is not None]
     kept, target = record.schemes[record.scheme].kept, record.target
-    if target.engine != "transformers":
+    if target.image is not None and not is_pinned(target.image):
         found.append(
-            f"{record.release}: the deploy stage starts transformers only, not {target.engine}: no card can be built, "
-            f"but results/{record.release}/verify.json, evaluate.json and benchmark.json can"
+            f"{record.release}: {target.target}: {target.image} is a tag, which may come to name another image"
         )
     if target.problem is not None:
         found.append(f"{record.release}: {target.target}: {target.problem}")
     elif target.fits is None:
         found.append(f"{record.release}: {target.target}: what fits is not known: the target has no memory_gb")
-    elif not target.fits:
-        found.append(
-            f"{record.release}: {target.target}: {target.context_wanted:,} tokens x {target.concurrency} wanted"
-        )
+    elif target.shortage is not None:
+        found.append(f"{record.release}: {target.target}: {target.shortage}")
     if SCHEMES[record.scheme].quantizes:
         found += [f"{record.release}: {count} Linears stay in BF16: {reason}" for reason, count in kept.items()]
     if record.drafting_if_stored:
@@ -479,11 +491,6 @@ def remarks(record: PlanRecord) -> list[str]:
     if record.disk.peak > record.disk.free + record.source_bytes - record.download_bytes:
         found.append(f"{record.release}: the disk here has no room for this build")
     return found
-
-
-def gb(count: int) -> str:
-    """Bytes for a person: GB of 10^9, or MB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def billions(count: int) -> str:

@@ -398,16 +398,18 @@ class TargetPlan(Record):
     device: str
     gpu: str | None
     devices: int
+    image: str | None = Field(description="container image of the engine; null for a program")
     memory_bytes: int | None = Field(description="of a device; null if the config doesn't say")
     problem: str | None = Field(description="why the engine refuses the release; null if it serves it")
     weights_bytes: int = Field(description="on each device, as the engine holds them")
     weights: str = Field(description="how the engine holds them")
-    cache_bytes_per_token: int = Field(description="KV cache of a token on each device, BF16")
+    cache_bytes_per_token: int = Field(description="KV cache of a token on each device")
     cached_tokens: int | None = Field(description="tokens whose KV cache fits; null if the memory is not known")
     concurrency: int
     context: int | None = Field(description="tokens that each of `concurrency` requests can have")
     context_wanted: int
     fits: bool | None = Field(description="null if the memory is not known")
+    shortage: str | None = Field(description="what has no room, and what would fit; null if all has, or if not known")
 
 
 class StagePlan(Record):

@@ -9,6 +9,8 @@ BF16: nothing is quantized; every tensor is the source's, an FP8 one decoded to 
 
 from dataclasses import dataclass
 
+from requant.errors import RequantError
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -46,3 +48,25 @@ SCHEMES = {
         Scheme("BF16", None, 16, 1, 16),
     )
 }
+
+
+def scheme_of(config: dict, where: str) -> Scheme:
+    """The scheme that the `quantization_config` of a config.json describes: BF16 if there is none.
+
+    RequantError if it is none of ours.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return SCHEMES["BF16"]
+    try:
+        weights = quantization["config_groups"]["group_0"]["weights"]
+        wanted = (quantization["format"], weights["num_bits"], weights["group_size"])
+    except (KeyError, TypeError):
+        raise RequantError(
+            f"{where}: quantization_config: found without weights in config_groups; expected one of compressed-tensors"
+        ) from None
+    for scheme in SCHEMES.values():
+        if scheme.quantizes and (scheme.format, scheme.weight_bits, scheme.group_size) == wanted:
+            return scheme
+    known = ", ".join(scheme.name for scheme in SCHEMES.values() if scheme.quantizes)
+    raise RequantError(f"{where}: quantization_config: {wanted}; expected one of {known}")

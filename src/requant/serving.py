@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.config import Target
+from requant.config import Target, is_credential
 from requant.engine_command import LOOPBACK, engine_command, quantization_of
 from requant.errors import RequantError, plain
 
@@ -37,10 +37,7 @@ UNKNOWN = "unknown"  # version of an engine that does not tell
 ENGINES = {"transformers": "transformers serve", "vllm": "vllm serve", "sglang": "sglang"}
 # Engines ask nobody, and their logs are plain lines that appear when they are written.
 PLAIN = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "TYPER_STANDARD_TRACEBACK": "1", "PYTHONUNBUFFERED": "1"}
-# The engine reads local files only: it needs none of the credentials that the caller's environment may hold.
-_SECRET = re.compile(r"TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|NETRC", re.IGNORECASE)
 _LISTENING = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
-_HARMLESS_NAMES = {"TOKENIZERS_PARALLELISM"}
 # Sets the parent-death signal in the process that becomes the engine. A preexec_fn would run in a fork of a
 # process with threads, where only async-signal-safe code is allowed.
 _LAUNCHER = """\
@@ -223,7 +220,7 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
 
 def _child_environment(settings: dict[str, str], home: Path) -> dict[str, str]:
     """The caller's environment without credentials, with `settings` and an empty Hugging Face home."""
-    kept = {name: value for name, value in os.environ.items() if name in _HARMLESS_NAMES or not _SECRET.search(name)}
+    kept = {name: value for name, value in os.environ.items() if not is_credential(name)}
     cache = home / "hub"
     cache.mkdir()  # the engine fails on a cache folder that is absent
     private = {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_XET_CACHE": str(home / "xet")}

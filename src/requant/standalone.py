@@ -3,7 +3,7 @@
 from pathlib import PurePosixPath
 from typing import Any
 
-from requant.config import Config, source_name
+from requant.config import Config, Target, source_name
 from requant.schemes import SCHEMES
 
 
@@ -25,7 +25,7 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
         "models": {name: _model(config, name) for name in models},
         "calibrations": {name: _calibration(config, name) for name in dict.fromkeys(calibrations)},
         "benchmarks": {settings.benchmark: _cut(config.benchmarks[settings.benchmark], "include_path")},
-        "targets": {settings.deploy.target: config.targets[settings.deploy.target].model_dump(mode="json")},
+        "targets": {settings.deploy.target: _target(config.targets[settings.deploy.target])},
         "releases": {release: written},
         "build": [release],
         "device": config.device,
@@ -42,6 +42,14 @@ def _cut(section, *keys: str) -> dict[str, Any]:
     """A section as plain data, the paths under `keys` as they may be published."""
     written = section.model_dump(mode="json", by_alias=True)
     return written | {key: public_path(written[key]) for key in keys if written[key] is not None}
+
+
+def _target(target: Target) -> dict[str, Any]:
+    """A target, all of it; the directories of this machine that its container sees as they may be published."""
+    written = target.model_dump(mode="json")
+    for mount in written["container"]["mounts"]:
+        mount["source"] = public_path(mount["source"])
+    return written
 
 
 def _model(config: Config, name: str) -> dict[str, Any]:

@@ -146,3 +146,8 @@ def fence(text: str) -> str:
 def plural(count: int, noun: str) -> str:
     """1 block, 2 blocks"""
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def gb(count: int) -> str:
+    """Bytes for a terminal: GB of 10^9, or MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

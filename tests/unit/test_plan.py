@@ -17,6 +17,7 @@ from requant.records import BlockRecord, PlanRecord, TensorEntry, read_json, wri
 from requant.schemes import SCHEMES
 from requant.sizes import Shaped
 from requant.structure import drafting_if_stored, from_config, from_tensors
+from requant.target_files import FOLDER, with_targets
 from requant.tuned import settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def config_of(**changes) -> dict:
 
 
 def subject(data: dict, release: str, directory: Path, lock: Path | None = None) -> Subject:
-    config = parse(data)
+    config = parse(with_targets(data, ROOT / FOLDER))
     found = config.releases[release]
     calibration, target = config.calibrations[found.calibration], config.targets[found.deploy.target]
     model = config.models[found.model]
@@ -159,7 +160,7 @@ PRESETS = sorted((ROOT / "config").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_pass_the_schema(path):
-    config = parse(preset(path))
+    config = parse(with_targets(preset(path), ROOT / FOLDER))
     assert all(release not in ("demo-nvfp4", "demo-w3a16") for release in config.build)
     for name in config.build:
         assert config.calibrations[config.releases[name].calibration].nsamples == 512
@@ -352,8 +353,16 @@ def test_a_list_for_a_config_json_is_one_line(tmp_path):
         source_of(str(tmp_path), None)
 
 
-def test_a_plan_says_that_its_engine_can_not_be_started(tiny_models, tmp_path):
+def test_a_plan_says_what_its_target_leaves_open(tiny_models, tmp_path):
     data = preset(ROOT / "config" / "kimi-k2.yaml")
     (tmp_path / "config.json").write_text(json.dumps(BARE | {"max_position_embeddings": 32768}))
-    _, table = plan_build([subject(data, "kimi-k2-nvfp4", tmp_path)], RATES, tmp_path / "results")
-    assert "the deploy stage starts transformers only, not vllm: no card can be built" in table
+    name = "kimi-k2-nvfp4"
+    _, table = plan_build([subject(data, name, tmp_path)], RATES, tmp_path / "results")
+    assert f"{name}: b200-x8: vllm/vllm-openai:v0.31.0 is a tag, which may come to name another image" in table
+    data["targets"]["b200-x8"] |= {"image": f"vllm/vllm-openai@sha256:{'0' * 64}", "memory_gb": 0.1}
+    (record,), table = plan_build([subject(data, name, tmp_path)], RATES, tmp_path / "results")
+    assert "is a tag" not in table and not record.target.fits
+    assert record.target.shortage in table and "85.00 MB are there (0.1 GB x 0.85)" in table
+    data["targets"]["b200-x8"] |= {"image": "vllm/vllm-openai:v0.6.5"}
+    (record,), _ = plan_build([subject(data, name, tmp_path)], RATES, tmp_path / "results")
+    assert record.target.problem == "vllm knows deepseek_v3 from 0.6.6 on, found image vllm/vllm-openai:v0.6.5"

@@ -6,96 +6,15 @@ from collections import namedtuple
 
 import pytest
 
-from requant.config import Calibration, Release, Target, parse
+from requant.config import Calibration, Release
 from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, reference_files, tokens_bytes
 from requant.errors import RequantError
 from requant.preflight import check_context, check_group, check_numbers, check_source
-from requant.schemes import SCHEMES
-from requant.targets import cache_bytes_per_token, cached_tokens, check_deployable, check_scheme, unsupported
 
 DENSE = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128, "num_key_value_heads": 2}
 DENSE |= {"intermediate_size": 3072, "num_hidden_layers": 10, "max_position_embeddings": 4096}
 MLA = {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
 MLA |= {"qk_rope_head_dim": 64, "num_hidden_layers": 61, "num_key_value_heads": 128, "moe_intermediate_size": 2048}
-
-
-def gpu(engine: str, architecture: str, **keys) -> Target:
-    return Target(engine=engine, device="cuda", gpu=architecture, **keys)
-
-
-# Targets
-
-
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_nvfp4_needs_a_gpu_with_fp4_products(engine):
-    for architecture in ("sm80", "sm89", "sm90"):
-        with pytest.raises(RequantError) as raised:
-            check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
-        assert str(raised.value) == (
-            f"releases.r: scheme NVFP4 can't be served at target 'here': {engine} serves NVFP4 (4-bit activations) on "
-            f"sm100 or later, found gpu: {architecture}; expected another scheme, or another deploy.target"
-        )
-    for architecture in ("sm100", "sm103", "sm120"):
-        check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
-
-
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_integers_of_three_bits_have_no_kernels_there(engine):
-    with pytest.raises(RequantError, match=f"{engine} serves integers of 4 and 8 bits, found W3A16"):
-        check_scheme("r", SCHEMES["W3A16"], "here", gpu(engine, "sm90"))
-    for name in ("W4A16", "W8A16"):
-        check_scheme("r", SCHEMES[name], "here", gpu(engine, "sm90"))
-
-
-def test_transformers_serves_every_scheme():
-    assert [unsupported(scheme, Target()) for scheme in SCHEMES.values()] == [None] * len(SCHEMES)
-
-
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_every_engine_serves_bf16(engine):
-    assert unsupported(SCHEMES["BF16"], gpu(engine, "sm80")) is None
-
-
-def test_the_deploy_stage_refuses_engines_that_it_cannot_start():
-    check_deployable("r", "cpu-transformers", Target())
-    with pytest.raises(RequantError, match=r"releases\.r\.deploy\.target: 'x' has engine sglang; .*results/r/evaluate"):
-        check_deployable("r", "x", gpu("sglang", "sm120"))
-
-
-@pytest.mark.parametrize(
-    "keys,line",
-    [
-        ({"engine": "sglang"}, "targets.x.device: 'cpu': engine sglang is planned for on GPUs only; expected cuda"),
-        (
-            {"engine": "vllm", "device": "cuda"},
-            "targets.x.gpu: missing: which formats vllm serves depends on it; expected sm90, sm120, ...",
-        ),
-        ({"devices": 2}, "targets.x.device: 'cpu': `gpu` and `devices` describe GPUs; expected cuda"),
-        ({"gpu": "H100"}, "targets.x.gpu: 'H100'; expected: String should match pattern '^sm\\d{2,3}$'"),
-    ],
-)
-def test_a_target_that_makes_no_sense_is_one_line(keys, line):
-    data = {"models": {"m": {"path": "m"}}, "releases": {"r": {"model": "m", "scheme": "NVFP4"}}, "build": ["r"]}
-    with pytest.raises(RequantError) as raised:
-        parse(data | {"targets": {"x": keys}})
-    assert str(raised.value) == f"config: {line}"
-
-
-def test_kv_cache_of_a_token():
-    """GQA: a key and a value a head, heads shared out, one at least a device. MLA: latents, whole on each device."""
-    assert cache_bytes_per_token(DENSE, 1) == 10 * 2 * 2 * 128 * 2
-    assert cache_bytes_per_token(DENSE, 2) == cache_bytes_per_token(DENSE, 8) == 10 * 2 * 128 * 2
-    assert cache_bytes_per_token(MLA, 1) == cache_bytes_per_token(MLA, 8) == 61 * (512 + 64) * 2
-    assert cache_bytes_per_token(MLA | {"index_head_dim": 128}, 8) == 61 * (512 + 64 + 128) * 2
-    without_head_dim = {key: value for key, value in DENSE.items() if key != "head_dim"}
-    assert cache_bytes_per_token(without_head_dim, 1) == cache_bytes_per_token(DENSE, 1)
-
-
-def test_cached_tokens_are_what_is_left_beside_the_weights():
-    target = gpu("sglang", "sm120", devices=8, memory_gb=96, memory_fraction=0.5)
-    assert cached_tokens(target, 40_000_000_000, 1_000_000) == 8_000
-    assert cached_tokens(target, 50_000_000_000, 1_000_000) < 0
-    assert cached_tokens(Target(), 1, 1) is None
 
 
 # Groups and context

@@ -8,24 +8,24 @@ from requant.standalone import public_path, standalone
 
 CONFIG = {
     "models": {
-        "big": {"path": "/data/private/big", "license": "mit"},
+        "big": {"path": "/data/hidden/big", "license": "mit"},
         "big-25": {"from": "big", "prune": {"ratio": 0.25, "calibration": "seen", "compare": ["random"]}},
-        "far": {"hub": "some-org/far", "revision": "0" * 40, "directory": "/data/private/far"},
+        "far": {"hub": "some-org/far", "revision": "0" * 40, "directory": "/data/hidden/far"},
         "unused": {"path": "unused"},
     },
     "calibrations": {
-        "seen": {"sources": [{"path": "~/private/prose.txt"}], "heldout": {"sources": [{"path": "./text/held.txt"}]}},
+        "seen": {"sources": [{"path": "~/hidden/prose.txt"}], "heldout": {"sources": [{"path": "./text/held.txt"}]}},
         "own": {"sources": [{"path": "text/code.jsonl", "name": "code"}], "seqlen": 64},
         "unused": {},
     },
-    "benchmarks": {"none": {"tasks": ["gsm8k"], "include_path": None}, "mine": {"include_path": "/data/private/tasks"}},
+    "benchmarks": {"none": {"tasks": ["gsm8k"], "include_path": None}, "mine": {"include_path": "/data/hidden/tasks"}},
     "releases": {
         "pruned": {"model": "big-25", "scheme": "NVFP4", "calibration": "own", "benchmark": "none", "keep": ["kv_b"]},
         "hub": {"model": "far", "scheme": "W4A16", "benchmark": "mine", "tuning": {"iters": 7}},
     },
     "build": ["pruned", "hub"],
     "device": "cuda",
-    "publish": {"signing_key": "/data/private/key.pem"},
+    "publish": {"signing_key": "/data/hidden/key.pem"},
 }
 
 
@@ -49,7 +49,7 @@ def test_it_has_what_the_release_needs_and_nothing_else():
 @pytest.mark.parametrize("release", ["pruned", "hub"])
 def test_it_names_no_folder_of_the_machine(release):
     text = yaml.safe_dump(standalone(parse(CONFIG), release))
-    assert "private" not in text and "key.pem" not in text
+    assert "hidden" not in text and "key.pem" not in text
 
 
 def test_a_text_keeps_its_name_wherever_it_lies():

@@ -120,8 +120,21 @@ def test_what_cannot_work_is_refused_before_a_job_starts(tmp_path):
     change({"deploy": {"target": "here"}}, targets={"here": here})
     assert "releases.r: scheme NVFP4 can't be served at target 'here': sglang serves NVFP4" in refused(build)
     change({"deploy": {"target": "here"}}, targets={"here": here | {"gpu": "sm120"}})
-    assert "releases.r.deploy.target: 'here' has engine sglang; the deploy stage starts" in refused(build)
-    build.run("results/r/evaluate.json", "-n")
+    here["gpu"] = "sm120"
+    short = "releases.r: does not fit target 'here': weights take "
+    change({"deploy": {"target": "here"}}, targets={"here": here | {"memory_gb": 1e-3, "context": 1_000_000}})
+    said = refused(build)
+    assert short in said and " MB of each device, 1 x 1,000,000 tokens of KV cache " in said
+    change({"deploy": {"target": "here"}}, targets={"here": {"like": "sm120-sglang", "memory_gb": 1e-3}})
+    assert short in refused(build)
+    change({"deploy": {"target": "here"}}, targets={"here": {"like": "sm121-sglang"}})
+    assert "config: targets.here.like: 'sm121-sglang'; expected one of cpu-docker, cpu-tr" in refused(build)
+    change({"deploy": {"target": "here"}}, targets={"here": {"like": "sm120-sglang", "image": None}})
+    absent = "releases.r.deploy.target: 'here' needs the program sglang, or an `image` that has it"
+    assert f"warning: {absent}" in build.run("-n").stderr, "what needs no GPU is planned"
+    stopped = build.run(check=False)
+    assert stopped.returncode and f"error: {absent}" in stopped.stdout + stopped.stderr
+    assert absent not in build.run("results/r/evaluate.json", "-n").stderr
     build.run("plan")
     assert plans(build, "r")["r"].target.problem is None
     change()

@@ -1,0 +1,175 @@
+"""docs/targets.md and docs/targets/*.md, written from config/targets/: `python -m requant.targets_reference docs`."""
+
+import json
+import sys
+from pathlib import Path
+
+from requant.config import Target
+from requant.container import container_request
+from requant.engine_command import docker_command, engine_command, is_pinned, shell
+from requant.reproduce import checkout
+from requant.schemes import SCHEMES
+from requant.target_files import FOLDER, read_targets, target_named
+from requant.targets import holds_packed, unsupported
+
+CHECKPOINT, NAME, PORT = "/data/my-release", "my-release", 8000  # of the commands shown
+
+INDEX = """\
+# Targets
+
+Written from `config/targets/` by `python -m requant.targets_reference docs`.
+
+A target says where a release is served: by which engine, in which container image, with which arguments and
+variables, on which GPUs. One file describes it, `config/targets/NAME.yaml`; `docs/config.md` has every key. Whatever
+starts an engine reads it: the deploy stage, its smoke test, `requant serve`, and the command on the card.
+
+{table}
+
+A release names its target: `deploy: {{target: sm120-sglang}}`. A config has targets of its own, which may start from
+one of these. What they say themselves replaces what that one says; `container` and `environment` are merged:
+
+    targets:
+      four: {{like: sm120-sglang, devices: 4, context: 65536}}
+
+A file in `config/targets/` is a target for every config. `provenance.json` of a release has the whole of its target,
+so that a rebuild needs none of these files.
+
+## What is checked before hours are spent
+
+Planning, `snakemake -n` too, ends with one line if
+
+- the engine can't serve the release's scheme on these GPUs, or its `quantization` is another;
+- the engine of the image is too old for the family of the model. The version is read from the image's tag. Only
+  DeepSeek-V3 and V3.2, which engines came to know late, are checked;
+- weights and KV cache at the `context` and `concurrency` that are wanted don't fit `devices` x `memory_gb` x
+  `memory_fraction`. The line has the numbers, and what would fit. `docs/plan.md` says how they are counted.
+
+A build that serves ends with one line too if no Docker engine or no GPU is on this machine; a dry run warns, and a
+cluster's head node is not asked. Everything that comes before the card can be built without them:
+`snakemake --cores all results/NAME/verify.json results/NAME/evaluate.json results/NAME/benchmark.json`.
+
+## Serving by hand
+
+    requant serve results/demo-w3a16/model --target cpu-transformers
+    requant serve results/my-release/model --target sm120-sglang --dry-run
+
+The first serves on the loopback until Ctrl-C. The second starts nothing: it shows what Docker would be asked for and
+the same as a `docker run`, with `--json` for programs. Both check format, family and size of the checkpoint first.
+`deploy.md` says what a container is given and how it ends.
+
+## Images
+
+{pinning}
+
+An image is named by its digest (`image: name@sha256:...`) or by a tag, which its owner may move. Those here have tags:
+no digest was looked up. To pin yours, take what `docker image inspect --format '{{{{index .RepoDigests 0}}}}' IMAGE`
+prints. The deploy stage records the digest of the image that it served by.
+"""
+
+CPU_IMAGE = """\
+## The image
+
+You make it, or name your own in `image`: one that has `transformers serve` and `python3`. From requant's locks:
+
+    docker build --file envs/engine.Dockerfile --tag requant-engine:cpu envs
+
+[Serving a release](../deploy.md) says how containers are run.
+"""
+
+
+def index(targets: dict[str, Target]) -> str:
+    """docs/targets.md."""
+    rows = [
+        f"| [{name}](targets/{name}.md) | {target.description} | {served_schemes(target)} |"
+        for name, target in targets.items()
+    ]
+    table = "\n".join(["| target | what it is | serves |", "|---|---|---|", *rows])
+    images = sorted({target.image for target in targets.values() if target.image and not is_pinned(target.image)})
+    pinning = "\n".join(f"- `{image}`" for image in images)
+    return INDEX.format(table=table, pinning=pinning)
+
+
+def served_schemes(target: Target) -> str:
+    return ", ".join(name for name, scheme in SCHEMES.items() if unsupported(scheme, target) is None)
+
+
+def page(name: str, target: Target) -> str:
+    """docs/targets/{name}.md."""
+    gpus = f"{target.devices} x {target.gpu}" if target.device == "cuda" else "CPU"
+    said = target.description[0].upper() + target.description[1:]
+    parts = [
+        f"# {name}\n\n{said}.\n\nWritten from `{FOLDER}/{name}.yaml` by `python -m requant.targets_reference docs`.\n",
+        f"| | |\n|---|---|\n| engine | {target.engine} |\n| image | {_image(target)} |\n| runs on | {gpus} |\n"
+        f"| memory | {_memory(target)} |\n| requests at a time | {target.concurrency} |\n"
+        f"| tokens a request | {target.context or 'the context of the model'} |\n"
+        f"| waits for it to start | {target.startup_seconds} s at most |\n",
+        "## What it serves\n\n| scheme | |\n|---|---|\n"
+        + "\n".join(f"| {scheme} | {_verdict(scheme, target)} |" for scheme in SCHEMES)
+        + "\n",
+        "## What it can't run\n\n| what | why |\n|---|---|\n"
+        + "\n".join(f"| {limit.what} | {limit.why} |" for limit in target.limits)
+        + "\n",
+        _command(target),
+        *([CPU_IMAGE] if target.image and target.device == "cpu" else []),
+        f"## What was run\n\n{target.tested}\n",
+    ]
+    return "\n".join(parts)
+
+
+def _image(target: Target) -> str:
+    if target.image is None:
+        return "none: a program of this environment"
+    return f"`{target.image}`" + ("" if is_pinned(target.image) else ", a tag: see [Images](../targets.md#images)")
+
+
+def _memory(target: Target) -> str:
+    if target.memory_gb is None:
+        return "not planned: the target doesn't say how much there is"
+    room = target.memory_gb * target.memory_fraction
+    cache = f"a KV cache in {target.kv_cache}" if target.kv_cache else "a KV cache"
+    held = "packed weights, shared out evenly," if holds_packed(target) else "BF16 weights, shared out evenly,"
+    return (
+        f"{target.devices} x {target.memory_gb:g} GB, of which {target.memory_fraction:g}, {room:g} GB each, for "
+        f"{held} and {cache}"
+    )
+
+
+def _verdict(name: str, target: Target) -> str:
+    if (reason := unsupported(SCHEMES[name], target)) is not None:
+        return f"no: {reason}"
+    if SCHEMES[name].quantizes and not holds_packed(target):
+        return "decoded to BF16 first" if SCHEMES[name].is_nvfp4 else "unpacked to BF16 by transformers"
+    return "yes"
+
+
+def _command(target: Target) -> str:
+    """The section with the command for a checkpoint in CHECKPOINT, and what Docker is asked for."""
+    quantization = "compressed-tensors" if holds_packed(target) else None
+    if target.image is None:
+        command = engine_command(target, CHECKPOINT, NAME, PORT)
+        return f"## Command\n\n    {_indented(shell(command))}\n"
+    request = container_request(target, Path(CHECKPOINT), NAME, PORT, quantization=quantization)
+    return (
+        f"## Command\n\nFor a release in `{CHECKPOINT}`, as `requant serve --dry-run` shows it:\n\n"
+        f"    {_indented(shell(docker_command(request)))}\n\n"
+        "requant asks Docker for the same through its Python SDK, waits for the health check, and removes the "
+        f"container in the end:\n\n    {_indented(json.dumps(request, indent=2))}\n"
+    )
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")
+
+
+def pages() -> dict[str, str]:
+    """Every page by its path in docs/."""
+    folder = checkout() / FOLDER
+    targets = {name: target_named(name, None, folder) for name in read_targets(folder)}
+    return {"targets.md": index(targets)} | {f"targets/{name}.md": page(name, found) for name, found in targets.items()}
+
+
+if __name__ == "__main__":
+    docs = Path(sys.argv[1])
+    (docs / "targets").mkdir(exist_ok=True)
+    for path, text in pages().items():
+        (docs / path).write_text(text, encoding="utf-8")
