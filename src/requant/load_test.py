@@ -77,8 +77,10 @@ def load_test(
     """
     try:
         record = _tested(cut, tokens, settings, target, folder, server_log, threads)
-    except RequantError as error:
-        line = f"load test of {_named(cut)}: {error}; `deploy.load_test_blocks: 0` builds on without it"
+    except Exception as error:
+        found = str(error) if isinstance(error, RequantError) else f"{type(error).__name__}: {error}"
+        line = " ".join(found.removeprefix(f"{cut.release}: ").split())
+        line = f"load test of {_named(cut)}: {line}; `deploy.load_test_blocks: 0` builds on without it"
         close(out.parent, line)
         raise RequantError(f"{cut.release}: {line}") from error
     write_json(out, record)
