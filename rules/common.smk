@@ -25,10 +25,12 @@ from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import parse as parse_config, verify_limits
+from requant.cut import blocks_to_load, check_load_test
 from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
 from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
 from requant.fp8 import without_scales
+from requant.gate import open_again
 from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
@@ -94,6 +96,7 @@ CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedi
 if workflow.is_main_process:
     if not workflow.output_settings.dryrun:
         or_stop(check_writable, ".", "results", "logs", ".snakemake")
+        open_again(Path("results"))
     drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
     if (other := other_build(os.getcwd())) is not None:
         print(
@@ -556,19 +559,81 @@ def keep_patterns(wildcards):
     return release_of(wildcards).keep
 
 
-def block_files(wildcards):
-    """The blocks of a release, which was looked at whether it is as the build left it.
+def first_blocks_first(wildcards):
+    """The priority of a block: those of the load test come before others that could be made too."""
+    return int(int(wildcards.block) < load_test_blocks(wildcards.release))
+
+
+def files_of_blocks(wildcards, blocks):
+    """Blocks of a release, which was looked at whether it is as the build left it.
 
     As files of a source, they are `ancient` where they are what was packed; their records are inputs too.
     """
     release = wildcards.release
     as_left(release)
-    paths = {block: f"results/{release}/blocks/{block}.safetensors" for block in blocks_of(wildcards)}
+    paths = {block: f"results/{release}/blocks/{block}.safetensors" for block in blocks}
     return [ancient(path) if or_stop(is_as_packed, release, block) else path for block, path in paths.items()]
 
 
+def records_of_blocks(wildcards, blocks):
+    return [f"results/{wildcards.release}/blocks/{block}.json" for block in blocks]
+
+
+def block_files(wildcards):
+    return files_of_blocks(wildcards, blocks_of(wildcards))
+
+
 def block_records(wildcards):
-    return [f"results/{wildcards.release}/blocks/{block}.json" for block in blocks_of(wildcards)]
+    return records_of_blocks(wildcards, blocks_of(wildcards))
+
+
+# The load test
+
+
+@cache
+def moe_blocks(model):
+    """The numbers of a model's blocks that have experts."""
+    model_config, shard_of, _ = checkpoint_plan(model)
+    names = or_stop(places, shard_of, model_config)
+    return list(expert_counts(names, or_stop(block_count, model_config)))
+
+
+@cache
+def load_test_blocks(release):
+    """How many of a release's blocks are served before the others are made; 0 if there is no load test."""
+    settings = CONFIG.releases[release]
+    blocks, moe = len(block_numbers(settings.model)), moe_blocks(settings.model)
+    return blocks_to_load(settings.deploy.load_test_blocks, blocks, moe)
+
+
+def first_blocks(wildcards):
+    """The blocks of the load test, if its engine can be started."""
+    release, target = wildcards.release, release_of(wildcards).deploy.target
+    or_stop(check_deployable, release, target, CONFIG.targets[target])
+    or_stop(check_load_test, release, load_test_blocks(release))
+    return files_of_blocks(wildcards, range(load_test_blocks(release)))
+
+
+def first_records(wildcards):
+    return records_of_blocks(wildcards, range(load_test_blocks(wildcards.release)))
+
+
+def keep_list_of_first(wildcards):
+    """`keep_list`, of the last block of the load test where it is made block by block."""
+    last = load_test_blocks(wildcards.release) - 1
+    return keep_list(SimpleNamespace(release=wildcards.release, block=last))
+
+
+def load_test_record(wildcards):
+    """The record of the load test as a list of one; of none where there is none."""
+    release = wildcards.release
+    return [f"results/{release}/load_test.json"] if load_test_blocks(release) else []
+
+
+def serving_gpus(wildcards):
+    """GPUs that the engine of a release's target takes."""
+    target = CONFIG.targets[release_of(wildcards).deploy.target]
+    return 0 if target.device == "cpu" else target.devices
 
 
 # The packed release
@@ -601,6 +666,7 @@ def as_left(release):
     model = f"results/{release}/model"
     own = [f"{model}/{name}" for name in ("config.json", INDEX, "README.md", "provenance.json")]
     own += [f"results/{release}/{stage}.json" for stage in ("verify", "evaluate", "deploy", "benchmark")]
+    own += load_test_record(wildcards)
     own += release_pictures(wildcards) + saliency_picture(wildcards)
     workflow.dag.forcefiles.update(or_stop(gone, release, len(blocks_of(wildcards)), own))
     or_warn(check_release, release, left_at(own))

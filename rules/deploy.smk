@@ -1,5 +1,6 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
+                  the load test        results/{release}/load_test.json, where the release has one
                   held-out tokens      results/calibration/{source}/{calibration}/tokens.safetensors
                   source               {path of the model}/*.safetensors
                   of a pruned model    results/{model}/prune/keep.json
@@ -11,6 +12,7 @@ MEANWHILE         decoded weights      results/{release}/served/: gone when the 
 rule deploy:
     input:
         packed=files_to_serve,
+        loaded=load_test_record,
         keep=keep_list,
         source=all_shards,
         tokens=tokens_of,

@@ -36,6 +36,7 @@ rule quantize:
         "results/benchmarks/quantize/{release}/{block}.tsv"
     wildcard_constraints:
         release=releases_that(quantize=True),
+    priority: first_blocks_first
     conda:
         "../envs/requant.yaml"
     threads: tuning_threads
@@ -65,6 +66,7 @@ rule copy_block:
         "results/benchmarks/copy_block/{release}/{block}.tsv"
     wildcard_constraints:
         release=releases_that(quantize=False),
+    priority: first_blocks_first
     conda:
         "../envs/requant.yaml"
     params:

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.gate import check_open
 from requant.jobs import job
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake.log[0], snakemake.input):
+    check_open(Path(snakemake.output.block).parents[1])
     from requant.copying import copy_block
     from requant.records import read_keep
 

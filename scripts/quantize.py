@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from requant.config import Tuning
+from requant.gate import check_open
 from requant.jobs import job
 
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
 with job(snakemake.log[0], snakemake.input):
+    check_open(Path(snakemake.output.block).parents[1])
     from requant.quantize import BlockJob, quantize_block
     from requant.records import read_keep
 

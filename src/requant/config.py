@@ -242,6 +242,11 @@ class Deploy(Section):
     agreement: float = Field(
         0.95, gt=0, le=1, description="part of the served tokens that this model itself would choose"
     )
+    load_test_blocks: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None,
+        description="first blocks that are served as soon as they are made, 0 for none; as many as have one MoE block, "
+        "of a dense model one, if absent; none where that is all blocks of the model",
+    )
 
 
 class Reproduce(Section):

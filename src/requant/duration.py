@@ -18,6 +18,7 @@ from requant.records import (
     CopiedBlock,
     DeployRecord,
     EvaluateRecord,
+    LoadTestRecord,
     PackRecord,
     Record,
     RoutingRecord,
@@ -34,6 +35,7 @@ PASSES = 2
 # A backward pass takes twice the products of a forward one.
 WITH_BACKWARD = 3
 STAGES = {
+    "load_test": LoadTestRecord,
     "pack": PackRecord,
     "verify": VerifyRecord,
     "evaluate": EvaluateRecord,
@@ -84,11 +86,12 @@ def stages(
     rates: Rates,
     chain_rates: Rates,
     results: Path,
+    load_test: bool = True,
 ) -> list[StagePlan]:
     """The stages of a build of `release` with the seconds of all their jobs, one job after another.
 
     name: of the calibration; rates: of the device that tunes, chain_rates: of that of the reference chain; results:
-    the build's directory of results, where measured jobs are looked for.
+    the build's directory of results, where measured jobs are looked for. load_test: whether the release has one.
     """
     if scheme.quantizes:
         made_by = "quantize"
@@ -103,6 +106,8 @@ def stages(
         StagePlan(stage=made_by, jobs=structure.blocks, seconds=made, basis=made_from),
     ]
     for stage, kind in STAGES.items():
+        if stage == "load_test" and not load_test:
+            continue
         record = finished(results / release / f"{stage}.json", kind)
         basis = "measured: its last run" if record else "not known: no run of it was measured"
         found.append(StagePlan(stage=stage, jobs=1, seconds=record.seconds if record else None, basis=basis))

@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, family, is_drafting
 from requant.blocks import NOT_FOR_TRANSFORMERS
 from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from requant.cut import cut_config
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.hashing import file_entry
@@ -21,7 +23,7 @@ from requant.locks import elements, shared_experts, tensors_of
 from requant.naming import module_name, released_name
 from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
-from requant.schemes import SCHEMES
+from requant.schemes import SCHEMES, Scheme
 from requant.whole import written_whole
 
 
@@ -63,6 +65,52 @@ def pack(
     start = time.monotonic()
     checkpoint, scheme = Checkpoint(source, keep), SCHEMES[scheme_name]
     blocks = checkpoint.config["num_hidden_layers"]
+    drafting = {name for name in checkpoint.index if is_drafting(name, blocks)}
+    dropped = drafting if mtp == "drop" else set()
+    config = checkpoint.config | ({"num_nextn_predict_layers": 0} if dropped else {})
+    laid_out = lay_out(checkpoint, scheme, blocks_dir, config, dropped, out)
+
+    tensors = checkpoint.entries(tensors_of(str(source)))
+    tensors = {name: entry for name, entry in tensors.items() if name not in dropped}
+    packed = {module_name(name, checkpoint.config): entry for name, entry in laid_out.stored.items()}
+    counted = _count(release, model, scheme.name, checkpoint, tensors, packed, laid_out.quantized)
+    remove_strangers(out, laid_out.files)
+    record = PackRecord(
+        **counted,
+        files={name: file_entry(out / name) for name in sorted(laid_out.files)},
+        bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
+        source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
+        multi_token_prediction=_drafting(checkpoint, dropped),
+        hard_linked=laid_out.hard_linked,
+        seconds=time.monotonic() - start,
+    )
+    write_json(out_record, record)
+    return record
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A checkpoint directory that was made. files: names of all its files; stored: its tensors, by the names in them.
+
+    quantized: the weights (source names) that are packed; hard_linked: whether all blocks share their bytes.
+    """
+
+    files: list[str]
+    stored: dict[str, TensorEntry]
+    quantized: set[str]
+    hard_linked: bool
+
+
+def lay_out(
+    checkpoint: Checkpoint, scheme: Scheme, blocks_dir: Path, config: dict[str, Any], dropped: set[str], out: Path
+) -> LaidOut:
+    """Makes the checkpoint directory `out` of block files and the source's tensors outside of blocks.
+
+    config: that of the model that is made, which may have fewer blocks than the source: the first ones, and none of the
+    others' tensors. dropped: tensors of no block that it does not have either. Raises RequantError if a block file is
+    not as it was written.
+    """
+    blocks, whole = config["num_hidden_layers"], checkpoint.config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
     quantizing = range(blocks if scheme.quantizes else 0)
     for block in range(blocks):
@@ -72,49 +120,47 @@ def pack(
         link_or_copy(blocks_dir / f"{block}.safetensors", out / shard_name(block + 1, blocks))
         for block in range(blocks)
     ]
-    drafting = {name for name in checkpoint.index if is_drafting(name, blocks)}
-    dropped = drafting if mtp == "drop" else set()
-    rest = sorted(name for name in checkpoint.index.keys() - dropped if block_of(name, blocks) is None)
-    outer = {released_name(name, checkpoint.config): tensor for name, tensor in checkpoint.read(rest).items()}
+    block_by_name = {name: block_of(name, whole) for name in checkpoint.index.keys() - dropped}
+    rest = sorted(name for name, block in block_by_name.items() if block is None)
+    outer = {released_name(name, config): tensor for name, tensor in checkpoint.read(rest).items()}
     save(out / shard_name(blocks + 1, blocks), outer)
 
     stored: dict[str, TensorEntry] = {}
     for number in range(1, blocks + 2):
         stored |= read_header(out / shard_name(number, blocks))
-    quantized = {name for record in records for name in record.quantized}
     sizes = sum(_bytes(entry) for entry in stored.values())
     index = {"metadata": {"total_size": sizes}, "weight_map": {name: stored[name].shard for name in sorted(stored)}}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     matrices = {name.removesuffix(".weight") for name in outer if outer[name].dim() == 2 and "embed" not in name}
-    kept = {name for record in records for name in record.kept} | routers(checkpoint.index.keys() - dropped)
-    ignored = sorted({"lm_head"} | matrices | {released_name(name, checkpoint.config) for name in kept})
-    config = release_config(checkpoint.config)
+    held = [name for name, block in block_by_name.items() if block is None or block < blocks]
+    kept = {name for record in records for name in record.kept} | routers(held)
+    ignored = sorted({"lm_head"} | matrices | {released_name(name, config) for name in kept})
+    written = release_config(config)
     if scheme.quantizes:
-        config["quantization_config"] = quantization_config(scheme, ignored)
-    if dropped:
-        config["num_nextn_predict_layers"] = 0
-    write_text(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        written["quantization_config"] = quantization_config(scheme, ignored)
+    write_text(out / "config.json", json.dumps(written, indent=2, sort_keys=True) + "\n")
     for name in checkpoint.carried_files:
         with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
             shutil.copyfile(checkpoint.directory / name, partial)
-
-    tensors = checkpoint.entries(tensors_of(str(source)))
-    tensors = {name: entry for name, entry in tensors.items() if name not in dropped}
-    packed = {module_name(name, checkpoint.config): entry for name, entry in stored.items()}
-    counted = _count(release, model, scheme.name, checkpoint, tensors, packed, quantized)
-    names = ["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))]
-    remove_strangers(out, names)
-    record = PackRecord(
-        **counted,
-        files={name: file_entry(out / name) for name in sorted(names)},
-        bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
-        source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
-        multi_token_prediction=_drafting(checkpoint, dropped),
+    return LaidOut(
+        files=["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))],
+        stored=stored,
+        quantized={name for record in records for name in record.quantized},
         hard_linked=all(linked),
-        seconds=time.monotonic() - start,
     )
-    write_json(out_record, record)
-    return record
+
+
+def pack_first(
+    source: Path, scheme_name: str, blocks_dir: Path, blocks: int, out: Path, keep: KeepList | None = None
+) -> LaidOut:
+    """Makes a checkpoint of a release's first `blocks` blocks, as `pack` makes one of all; no multi-token prediction.
+
+    keep: as of `pack`; a list that decides on these blocks, or on one of them, is enough.
+    """
+    checkpoint = Checkpoint(source, keep)
+    drafting = {name for name in checkpoint.index if is_drafting(name, checkpoint.config["num_hidden_layers"])}
+    config = cut_config(checkpoint.config, blocks)
+    return lay_out(checkpoint, SCHEMES[scheme_name], blocks_dir, config, drafting, out)
 
 
 def _drafting(checkpoint: Checkpoint, dropped: set[str]) -> str:
@@ -140,7 +186,7 @@ def remove_strangers(out: Path, names: list[str]) -> None:
             path.unlink()
 
 
-def routers(names: dict | list) -> set[str]:
+def routers(names: list[str]) -> set[str]:
     """Modules that choose experts: no Linears in transformers, but in other engines, so `ignore` has to name them."""
     return {name.removesuffix(".weight") for name in names if name.endswith(".mlp.gate.weight")}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
+from requant.cut import blocks_to_load
 from requant.deploy import why_decoded
 from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
@@ -181,6 +182,7 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         rates,
         chain_rates,
         results,
+        load_test_blocks(settings, model) > 0,
     )
     every_stage = [*observed, *found_stages]
     return PlanRecord(
@@ -251,8 +253,26 @@ def disk_plan(subject: Subject, model: Structure, size: ReleaseSize) -> DiskPlan
         "source": model.stored,
         "shards": size.files,
         "served": 2 * model.parameters if decoded else 0,
+        "load_test": load_test_bytes(subject, model, decoded),
     }
-    return DiskPlan(**parts, peak=sum(parts.values()), free=shutil.disk_usage(nearest_folder("results")).free)
+    peak = sum(parts.values()) - min(parts["served"], parts["load_test"])  # one after the other
+    return DiskPlan(**parts, peak=peak, free=shutil.disk_usage(nearest_folder("results")).free)
+
+
+def load_test_blocks(settings: Release, model: Structure) -> int:
+    """Blocks of the release's load test; 0 if it has none."""
+    moe = [block for kind in model.kinds if kind.experts for block in kind.blocks]
+    return blocks_to_load(settings.deploy.load_test_blocks, model.blocks, moe)
+
+
+def load_test_bytes(subject: Subject, model: Structure, decoded: bool) -> int:
+    """Bytes that the load test writes: what is outside of blocks, for these are links, and a BF16 copy of the cut."""
+    count = load_test_blocks(subject.settings, model)
+    if not count:
+        return 0
+    cut = model.first(count)
+    outside = cut.release_size(SCHEMES[subject.settings.scheme], subject.settings.keep).rest
+    return outside + (2 * cut.parameters if decoded else 0)
 
 
 def states(subject: Subject, model: Structure) -> dict[str, int]:
@@ -324,6 +344,7 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
         any_quantized = any_quantized or quantizes
         found.update({"quantize" if quantizes else "copy_block": blocks})
         found.update([*PER_RELEASE, *subject.publishing, *(["plot_release"] if quantizes else [])])
+        found.update(["load_test"] if load_test_blocks(settings, source.structure) else [])
         once |= {(source.check, files, name) for name in source.files or ()}
         once |= {("source", files), ("benchmark_source", model, settings.benchmark)}
         for walked, name, calibration in subject.chains():
@@ -404,7 +425,7 @@ def build_peak(subjects: list[Subject], records: list[PlanRecord], sources: dict
     files: dict[str, int] = {}
     for subject in subjects:
         files |= states(subject, sources[subject.files_of].structure)
-    own = sum(record.disk.shards + record.disk.served for record in records)
+    own = sum(record.disk.shards + max(record.disk.served, record.disk.load_test) for record in records)
     return sum(source.structure.stored for source in sources.values()) + sum(files.values()) + own
 
 

@@ -334,6 +334,42 @@ class DeployRecord(StageRecord):
     seconds: float
 
 
+class CutAnswer(Record):
+    prompt: str
+    answer: str
+    tokens: int = Field(description="served tokens that were replayed")
+    agreeing: int = Field(description="of those, the ones that the cut's own chain would choose")
+    worst_gap: float = Field(description="largest log-probability gap between the chain's choice and the served token")
+
+
+class LoadTestRecord(StageRecord):
+    """results/{release}/load_test.json: the first blocks of a release, served before the others were made."""
+
+    release: str
+    target: str
+    blocks: int = Field(description="first blocks of the release that were served, with embeddings, norm and head")
+    moe_blocks: int = Field(description="of those")
+    engine: str
+    engine_version: str
+    command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
+    environment: dict[str, str]
+    weights: str = Field(description="what was served: decoded to BF16, or the packed blocks as they are")
+    why_decoded: str | None
+    startup_seconds: float
+    answers: list[CutAnswer]
+    tokens: int
+    agreement: float = Field(description="agreeing tokens / served tokens")
+    agreement_limit: float
+    agreement_rule: str = Field(description="when a token counts as agreeing")
+    control: str | None = Field(
+        description="what was left out of the control's chain; null if no one block can be told from the answers"
+    )
+    control_agreement: float = Field(description="of that chain, or the lowest of all that were tried")
+    other_model_status: int = Field(description="HTTP status for a request that names another model: refused")
+    verdict: Literal["passed"]
+    seconds: float
+
+
 class Score(Record):
     task: str
     metric: str
@@ -386,7 +422,10 @@ class DiskPlan(Record):
     chain: int = Field(description="hidden states of the release")
     shards: int = Field(description="of the release; blocks and model share them by hard links")
     served: int = Field(description="BF16 copy that the deploy stage makes where the engine can't read the format")
-    peak: int = Field(description="of all these")
+    load_test: int = Field(
+        0, description="embeddings, norm and head that the load test stores, and its BF16 copy where there is one"
+    )
+    peak: int = Field(description="of all these, with the larger of `served` and `load_test`")
     free: int = Field(description="on the disk of the working directory when the plan was made")
 
 

@@ -4,7 +4,7 @@ One block of each kind is built on the meta device; no weight is read. A lock or
 the checkpoint really stores: multi-token prediction, dtypes, and that the blocks are those of config.json.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from requant import fp8
 from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
 from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
+from requant.cut import cut_config
 from requant.errors import RequantError
 from requant.naming import entries, released_name
 from requant.quantize import choose_linears
@@ -116,6 +117,13 @@ class Structure:
         kinds, _ = kinds_of(config)
         outside = {name: entry for name, entry in self.outside.items() if not is_drafting(name, self.blocks)}
         return Structure(config, self.basis, kinds, outside, self.stored)
+
+    def first(self, blocks: int) -> "Structure":
+        """The model's first `blocks` blocks with what is outside of blocks, without multi-token prediction."""
+        kinds = [replace(kind, blocks=tuple(block for block in kind.blocks if block < blocks)) for kind in self.kinds]
+        outside = {name: entry for name, entry in self.outside.items() if not is_drafting(name, self.blocks)}
+        found = tuple(kind for kind in kinds if kind.blocks)
+        return Structure(cut_config(self.config, blocks), self.basis, found, outside, self.stored)
 
     def release_size(self, scheme: Scheme, keep: list[str], drop_drafting: bool = False) -> "ReleaseSize":
         """What a release of `scheme` that keeps the Linears of `keep` has: a shard a block, and one for the rest.

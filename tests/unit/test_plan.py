@@ -188,9 +188,40 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     assert stages["observe"].seconds == pytest.approx(stages["reference"].seconds), "as many experts a token"
     assert (record.pruned_from, record.experts_before, record.routed_experts) == ("deepseek-v3.2", 256, experts)
     assert record.source_bytes == from_config(real_config(V32)).stored and "from deepseek-v3.2" in table
+    assert record.jobs["load_test"] == stages["load_test"].jobs == 1
+    assert record.disk.load_test == by_hand.rest, "embeddings, norm and head; the blocks are links"
+    assert record.disk.peak == sum(getattr(record.disk, part) for part in DISK) + record.disk.load_test
     assert "H100" in next(stage.basis for stage in record.stages if stage.stage == "quantize")
     assert "config alone" not in table and "config.json alone" in table and "chosen" in table
     assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known
+
+
+DISK = ("source", "tokens", "reference", "chain", "shards")
+
+
+def test_the_load_test_is_planned_where_there_is_one(tiny_models):
+    """With a copy in BF16 of what is served; none where it would be all blocks, or is switched off."""
+    source = source_of(str(tiny_models / "deepseek_v3"), None)
+
+    def planned(**deploy) -> PlanRecord:
+        release = {"model": "demo-moe", "scheme": "NVFP4", "calibration": "demo", "deploy": deploy}
+        found = subject(config_of(releases={"r": release}, build=["r"]), "r", tiny_models / "deepseek_v3")
+        return plan(found, source, RATES, Path("no"))
+
+    dense, moe = source.structure.kinds
+    outside = sum(tensor.elements for tensor in source.structure.outside.values())
+    with_two, with_one = planned(), planned(load_test_blocks=1)
+    assert with_two.disk.load_test - with_one.disk.load_test == 2 * moe.elements
+    rest = source.structure.release_size(SCHEMES["NVFP4"], []).rest
+    assert with_one.disk.load_test == rest + 2 * (dense.elements + outside)
+    assert (
+        with_two.disk.served > with_two.disk.load_test and with_two.disk.peak == planned(load_test_blocks=0).disk.peak
+    )
+    for blocks in (0, 3):
+        without = planned(load_test_blocks=blocks)
+        assert without.disk.load_test == 0 and "load_test" not in without.jobs
+        assert "load_test" not in {stage.stage for stage in without.stages}
+    assert with_two.jobs["load_test"] == 1
 
 
 BARE = tiny.FAMILIES["deepseek_v3"] | {"model_type": "deepseek_v3"}

@@ -27,6 +27,7 @@ from requant.records import (
     BlockRecord,
     DeployRecord,
     EvaluateRecord,
+    LoadTestRecord,
     PackRecord,
     VerifyRecord,
     read_json,
@@ -53,6 +54,9 @@ def test_every_stage_leaves_its_record(built, release):
     assert verify.codes_rederived == len(verify.tensors)
     assert evaluate.source.kl_divergence == 0 < evaluate.quantized.kl_divergence < 5
     assert deploy.agreement >= deploy.agreement_limit > deploy.control_agreement
+    loaded = read_json(folder / "load_test.json", LoadTestRecord)
+    assert (loaded.blocks, loaded.moe_blocks) == {"ds": (2, 1), "qw": (1, 1), "ll": (1, 0)}[release.split("-")[0]]
+    assert loaded.agreement >= loaded.agreement_limit and loaded.why_decoded == deploy.why_decoded
     assert (deploy.why_decoded is None) == release.endswith("w3a16"), "the engine reads packed integers, not NVFP4"
     for block in range(pack.blocks):
         record = read_json(folder / f"blocks/{block}.json", BlockRecord)
@@ -264,7 +268,15 @@ def test_planning_the_demo_shows_every_job(tmp_path):
     jobs = build.planned("model_card.md")
     blocks = json.loads((ROOT / "demo/model/config.json").read_text())["num_hidden_layers"]
     assert jobs["reference"] == 3 * blocks and jobs["quantize"] == 4 * blocks, "the model, and two pruned from it"
-    assert jobs["verify"] == jobs["evaluate"] == jobs["deploy"] == jobs["benchmark"] == jobs["pack"] == 4
+    assert (
+        jobs["load_test"]
+        == jobs["verify"]
+        == jobs["evaluate"]
+        == jobs["deploy"]
+        == jobs["benchmark"]
+        == jobs["pack"]
+        == 4
+    )
     assert jobs["calibrate"] == jobs["source"] == jobs["card"] == 1, "pruned models share tokens and source"
     assert jobs["keep"] == jobs["prune_evaluate"] == 2 * 3, "reap, and what it is held against"
     assert jobs["benchmark_source"] == 1 + jobs["keep"]

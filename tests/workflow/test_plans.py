@@ -47,6 +47,9 @@ def test_a_finished_build_has_the_bytes_of_its_plan(built, planned_after, releas
     assert plan.disk.tokens == tokens.stat().st_size
     assert plan.disk.shards == sum(path.stat().st_size for path in (results / release / "model").glob("*.safetensors"))
     assert (plan.disk.served > 0) == (plan.scheme == "NVFP4")
+    outside = sorted((results / release / "model").glob("*.safetensors"))[-1].stat().st_size
+    copied = plan.disk.load_test - outside
+    assert 0 < copied < plan.disk.served if plan.scheme == "NVFP4" else copied == 0
 
 
 def test_memory_of_jobs_is_near_what_was_measured(built, planned_after):

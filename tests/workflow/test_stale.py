@@ -40,6 +40,11 @@ def packed(releases: int) -> dict[str, int]:
     return dict.fromkeys(stages, releases) | described(releases)
 
 
+def made(releases: int) -> dict[str, int]:
+    """All that is made of the blocks of so many releases, the first ones among them."""
+    return {"load_test": releases} | packed(releases)
+
+
 @dataclass(frozen=True)
 class Place:
     """A finished build and a copy of the checkout that it can be planned from; both are put back after an edit."""
@@ -208,9 +213,9 @@ EVERYTHING = {
     "quantize": RELEASES * BLOCKS,
     "benchmark_source": MODELS,
     "sbom": RELEASES,
-    **packed(RELEASES),
+    **made(RELEASES),
 }
-TUNED = {"quantize": BLOCKS} | packed(1)
+TUNED = {"quantize": BLOCKS} | made(1)
 LINES = [
     Line(
         "times only: sources, texts, scripts, packed shards, of any size",
@@ -242,9 +247,9 @@ LINES = [
     ),
     Line(
         "`deploy` settings, the target",
-        "deploy, provenance, cards",
+        "load_test, deploy, provenance, cards",
         lambda place: place.release("ll-nvfp4", deploy={"prompts": 3, "prompt_tokens": 12, "max_tokens": 4}),
-        {"deploy": 1} | described(1),
+        {"load_test": 1, "deploy": 1} | described(1),
     ),
     Line(
         "a benchmark added, for one release",
@@ -268,32 +273,32 @@ LINES = [
         "shares, seed or number of samples of a calibration",
         "calibrate, the reference chains on it, and every release on it",
         change_share,
-        {"calibrate": 2, "embed": 2, "reference": 2 * BLOCKS, "quantize": 3 * BLOCKS} | packed(3),
+        {"calibrate": 2, "embed": 2, "reference": 2 * BLOCKS, "quantize": 3 * BLOCKS} | made(3),
     ),
     Line(
         "a text of a calibration",
         "the same",
         lambda place: place.flip(place.at("text/b.txt")),
-        {"calibrate": 2, "embed": 2, "reference": 2 * BLOCKS, "quantize": 3 * BLOCKS} | packed(3),
+        {"calibrate": 2, "embed": 2, "reference": 2 * BLOCKS, "quantize": 3 * BLOCKS} | made(3),
     ),
     Line(
         "a shard of a source without a lock",
         "its check, the chain from the first block that it holds tensors of, the releases from there, the source's "
         "benchmark",
         change_shard,
-        {"source_file": 1, "source": 1, "reference": 2, "quantize": 4, "benchmark_source": 1} | packed(2),
+        {"source_file": 1, "source": 1, "reference": 2, "quantize": 4, "benchmark_source": 1} | made(2),
     ),
     Line(
         "the module of the tuner",
         "blocks and everything after them",
         lambda place: place.module("tuned.py", "\nfrom", "\nNEW = 1\nfrom"),
-        {"quantize": RELEASES * BLOCKS} | packed(RELEASES),
+        {"quantize": RELEASES * BLOCKS} | made(RELEASES),
     ),
     Line(
         "the module of the packer",
-        "pack and everything after it",
+        "load_test, pack and everything after it",
         lambda place: place.module("packing.py", "import json", "NEW = 1\nimport json"),
-        packed(RELEASES),
+        made(RELEASES),
     ),
     Line(
         "the module of the evaluation",
@@ -323,7 +328,7 @@ LINES = [
         "the version of a library that tunes (auto-round)",
         "what imports it, and everything after it",
         lambda place: install(place, "auto-round"),
-        {"quantize": RELEASES * BLOCKS} | packed(RELEASES),
+        {"quantize": RELEASES * BLOCKS} | made(RELEASES),
     ),
     Line(
         "the environment (`REQUANT_ENVIRONMENT`, which the flake sets), the version of Python",
@@ -335,13 +340,13 @@ LINES = [
         "a block file deleted",
         "that block and everything after it",
         lambda place: place.remove("results/ds-w3a16/blocks/1.safetensors"),
-        {"quantize": 2} | packed(1),
+        {"quantize": 2} | made(1),
     ),
     Line(
         "a block file and hidden states of the release before it deleted",
         "from the last block whose hidden states are there",
         change_chain_too,
-        {"quantize": 2} | packed(1),
+        {"quantize": 2} | made(1),
     ),
     Line(
         "a file of `results/{release}/model` deleted: shard, index, config, tokenizer",
@@ -354,6 +359,12 @@ LINES = [
         "its stage, and what is made of it",
         lambda place: place.remove("results/ll-nvfp4/verify.json"),
         {"verify": 1} | cards(1),
+    ),
+    Line(
+        "the record of a load test deleted",
+        "load_test, deploy, cards",
+        lambda place: place.remove("results/ll-nvfp4/load_test.json"),
+        {"load_test": 1, "deploy": 1} | cards(1),
     ),
 ]
 ELSEWHERE = {

@@ -1,0 +1,201 @@
+"""The load test of a release: its first blocks as a checkpoint, served by its engine while the others are made.
+
+An engine that does not read the format, a tensor under a name that it does not know, a scale that it applies the wrong
+way: each shows with four blocks as it does with sixty-one, many hours earlier. The answers of so few blocks are no
+language, but they are the cut checkpoint's own, token for token, or the engine computes something else.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from requant import deploy
+from requant.config import Deploy, Target
+from requant.engines import serve_at
+from requant.errors import RequantError
+from requant.gate import close
+from requant.jobs import progress
+from requant.records import CutAnswer, KeepList, LoadTestRecord, write_json
+from requant.serving import Server, unwinding_on_sigterm
+
+if TYPE_CHECKING:
+    import torch
+
+    from requant.packed import PackedCheckpoint
+    from requant.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is tested: the first `blocks` blocks of a release.
+
+    source: directory of the model; blocks_dir: of the block files and their records; keep: experts that a pruned model
+    has of the source, decided for one of these blocks at least.
+    """
+
+    release: str
+    source: Path
+    scheme: str
+    blocks_dir: Path
+    blocks: int
+    keep: KeepList | None = None
+
+
+@dataclass(frozen=True)
+class AsServed:
+    """A checkpoint's chain that rounds activations where the engine does: where it computes in the packed format."""
+
+    model: "StreamedModel"
+    rounds: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.model.blocks
+
+    def logits_of(self, tokens: "torch.Tensor", skip_block: int | None = None) -> "torch.Tensor":
+        """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
+        return self.model.logits_of(tokens, self.rounds, skip_block)
+
+
+def load_test(
+    cut: Cut,
+    tokens: Path,
+    settings: Deploy,
+    target: Target,
+    folder: Path,
+    server_log: Path,
+    threads: int,
+    out: Path,
+) -> LoadTestRecord:
+    """Serves the cut at `target`, asks it, holds its answers against its own chain of blocks, and writes the record.
+
+    tokens: the calibration's tokens.safetensors, of which held-out text makes the prompts. `folder` holds what is
+    served meanwhile and is gone afterwards. Raises RequantError if a block file is not as it was written, the engine
+    does not serve the cut, or answers as another model would; then no further block of the release is started
+    (`requant.gate`).
+    """
+    try:
+        record = _tested(cut, tokens, settings, target, folder, server_log, threads)
+    except Exception as error:
+        found = str(error) if isinstance(error, RequantError) else f"{type(error).__name__}: {error}"
+        line = " ".join(found.removeprefix(f"{cut.release}: ").split())
+        line = f"load test of {_named(cut)}: {line}; `deploy.load_test_blocks: 0` builds on without it"
+        close(out.parent, line)
+        raise RequantError(f"{cut.release}: {line}") from error
+    write_json(out, record)
+    return record
+
+
+def _named(cut: Cut) -> str:
+    return "block 0" if cut.blocks == 1 else f"blocks 0 to {cut.blocks - 1}"
+
+
+def _tested(
+    cut: Cut, tokens: Path, settings: Deploy, target: Target, folder: Path, server_log: Path, threads: int
+) -> LoadTestRecord:
+    import torch
+
+    from requant.architecture import expert_counts
+    from requant.packed import PackedCheckpoint
+    from requant.packing import pack_first
+    from requant.streamed import StreamedModel
+
+    started = time.monotonic()
+    torch.set_num_threads(threads)
+    with unwinding_on_sigterm(), deploy.temporary_folder(folder) as scratch:
+        pack_first(cut.source, cut.scheme, cut.blocks_dir, cut.blocks, scratch / "cut", cut.keep)
+        checkpoint = PackedCheckpoint(scratch / "cut")
+        moe_blocks = len(expert_counts(checkpoint.index, cut.blocks))
+        reason = deploy.why_decoded(checkpoint.scheme.format, moe_blocks > 0, target)
+        server, served, refusal = _serve_and_ask(
+            cut, checkpoint, reason is not None, tokens, settings, target, scratch, server_log, threads
+        )
+        progress(f"{cut.release}: replaying {sum(len(answer.steps) for answer in served)} tokens of the cut")
+        rounds = reason is None and checkpoint.scheme.quantizes_activations and target.engine != "transformers"
+        own = AsServed(StreamedModel(checkpoint), rounds)
+        deploy.replay(own, checkpoint.tokenizer(), served)
+        agreement = deploy.agreement_of(served)
+        if agreement < settings.agreement:
+            raise RequantError(deploy.wrong_model(cut.release, served, agreement, settings.agreement))
+        control, control_agreement = find_control(own, served, settings.agreement)
+    if control is None:
+        progress(f"{cut.release}: warning: these answers do not depend on any one of the blocks: they show no more")
+    return LoadTestRecord(
+        release=cut.release,
+        target=settings.target,
+        blocks=cut.blocks,
+        moe_blocks=moe_blocks,
+        engine=server.engine,
+        engine_version=server.version,
+        command=server.command,
+        environment=server.environment,
+        weights="the packed blocks as they are" if reason is None else "decoded to BF16",
+        why_decoded=reason,
+        startup_seconds=server.startup_seconds,
+        answers=[
+            CutAnswer(
+                prompt=answer.prompt,
+                answer=answer.steps[-1],
+                tokens=len(answer.agrees),
+                agreeing=sum(answer.agrees),
+                worst_gap=max(answer.gaps),
+            )
+            for answer in served
+        ],
+        tokens=sum(len(answer.agrees) for answer in served),
+        agreement=agreement,
+        agreement_limit=settings.agreement,
+        agreement_rule=deploy.TIE_TEXT,
+        control=control,
+        control_agreement=control_agreement,
+        other_model_status=refusal,
+        verdict="passed",
+        seconds=time.monotonic() - started,
+    )
+
+
+def _serve_and_ask(
+    cut: Cut,
+    checkpoint: "PackedCheckpoint",
+    decode: bool,
+    tokens: Path,
+    settings: Deploy,
+    target: Target,
+    scratch: Path,
+    server_log: Path,
+    threads: int,
+) -> tuple[Server, list[deploy.Served], int]:
+    """(the server, by now stopped; its answers; its status for a request that names another model)."""
+    from requant.packed import write_decoded
+
+    model = checkpoint.directory
+    if decode:
+        model = scratch / "decoded"
+        progress(f"{cut.release}: decoding {_named(cut)} to BF16")
+        write_decoded(checkpoint.directory, model)
+    deploy.make_greedy(model)
+    tokenizer = checkpoint.tokenizer()
+    heldout = deploy.heldout_tokens(tokens)
+    prompts = deploy.choose_prompts(tokenizer, heldout, settings.prompts, settings.prompt_tokens)
+    progress(f"{cut.release}: starting the engine with {_named(cut)} (log: {server_log})")
+    with serve_at(target, model, server_log, threads) as server:
+        progress(f"{cut.release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
+        served = deploy.ask_all(cut.release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
+        return server, served, deploy.refused_status(cut.release, server, target.request_seconds)
+
+
+def find_control(model: AsServed, served: list[deploy.Served], limit: float) -> tuple[str | None, float]:
+    """(what was left out, agreement without it) of a chain that the answers tell from the cut's, else (None, lowest).
+
+    So few blocks may answer the same whichever of them is left out: that is no fault of the build, but it has to be
+    said.
+    """
+    tokens = sum(len(answer.ids) for answer in served)
+    lowest = 1.0
+    for block in range(model.blocks):
+        agreement = 1 - sum(deploy.disagreements(model, served, skip_block=block)) / max(tokens, 1)
+        if agreement < limit:
+            return f"without block {block}", agreement
+        lowest = min(lowest, agreement)
+    return None, lowest
