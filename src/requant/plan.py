@@ -12,7 +12,6 @@ from pathlib import Path
 from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
-from requant.deploy import why_decoded
 from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
 from requant.duration import observation, read_rates, seconds_on, stages
@@ -23,6 +22,7 @@ from requant.preflight import check_model, check_numbers
 from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
+from requant.served_copy import why_decoded
 from requant.structure import ReleaseSize, Structure
 from requant.targets import cache_bytes_per_token, cached_tokens, unsupported
 from requant.view import routed_experts
