@@ -9,7 +9,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from requant.errors import RequantError, brief, plain
 from requant.schemes import SCHEMES
@@ -317,6 +317,13 @@ class Cited(Section):
     citation: str = Field(min_length=1, description="where it is published")
 
 
+# Which of the two is meant is told by the shape, so that an error speaks of one of them.
+SourceScore = Annotated[
+    Annotated[Literal["measured"], Tag("measured")] | Annotated[Cited, Tag("cited")],
+    Discriminator(lambda found: "cited" if isinstance(found, dict | Cited) else "measured"),
+]
+
+
 class Served(Section):
     """One benchmark of a release as its target serves it, and of the source model as the same target serves that."""
 
@@ -350,7 +357,7 @@ class Served(Section):
     expected: tuple[float, float] | None = Field(
         None, description="lowest and highest score that is no surprise: shown beside the score, and said if missed"
     )
-    source: Literal["measured"] | Cited | None = Field(
+    source: SourceScore | None = Field(
         "measured",
         description="the source model's score: `measured` through the same target, or `value` and `citation` of a "
         "published one; null: none",
@@ -391,7 +398,11 @@ class Benchmark(Section):
             if name in PUBLIC and entry.task is not None:
                 raise ValueError(f"served.{name}.task: {entry.task!r}; expected none: {name} has its own")
             if name not in PUBLIC and entry.task is None:
-                raise ValueError(f"served.{name}.task: missing; expected an lm-eval task, or one of {', '.join(PUBLIC)}")
+                raise ValueError(
+                    f"served.{name}.task: missing; expected an lm-eval task, or one of {', '.join(PUBLIC)}"
+                )
+            if name == "humaneval" and entry.chat:
+                raise ValueError("served.humaneval.chat: True; expected false: the model goes on with a program")
             if name not in PUBLIC and entry.data is not None:
                 raise ValueError(f"served.{name}.data: {entry.data!r}; expected none: the task's file names its data")
             if name in PUBLIC and entry.expected is not None and not 0 <= entry.expected[0] <= entry.expected[1] <= 1:
