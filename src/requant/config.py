@@ -475,6 +475,27 @@ class Target(Section):
         return self
 
 
+class Sandbox(Section):
+    """Where code that a model wrote runs, and what it may take: a program with its tests is one process or a few."""
+
+    backend: Literal["auto", "docker", "bubblewrap"] = Field(
+        "auto", description="auto: Docker if an engine answers, else bubblewrap; without either nothing runs"
+    )
+    image: str | None = Field(
+        None,
+        min_length=1,
+        description="container image with `python3`, for Docker: python:3.11-slim, best by digest; this machine's "
+        "Python in an empty image if absent",
+    )
+    memory_mb: Annotated[int, Field(ge=64, le=1_048_576, strict=True)] = Field(
+        1024, description="memory of a program, 2^20 bytes"
+    )
+    seconds: float = Field(10.0, gt=0, le=3600, description="time of a program")
+    processes: Annotated[int, Field(ge=1, le=1024, strict=True)] = Field(
+        8, description="processes and threads of a program"
+    )
+
+
 class Publish(Section):
     """What is done to a finished release."""
 
@@ -494,6 +515,7 @@ class Config(Section):
     targets: dict[str, Target] = {}
     releases: dict[str, Release]
     publish: Publish = Publish()
+    sandbox: Sandbox = Sandbox()
     build: list[str] = Field(min_length=1, description="The releases that `model_card.md` covers, in its order.")
     device: str = Field(
         "cpu",

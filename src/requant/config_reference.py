@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from requant.config import VERIFY_DEFAULTS as LIMITS
-from requant.config import Benchmark, Calibration, Config, Model, Publish, Release, Target
+from requant.config import Benchmark, Calibration, Config, Model, Publish, Release, Sandbox, Target
 
 INTRODUCTION = """\
 # Every key of the config
@@ -22,6 +22,7 @@ SECTIONS = (
     ("releases.{name}", Release),
     ("benchmarks.{name}", Benchmark),
     ("targets.{name}", Target),
+    ("sandbox", Sandbox),
     ("publish", Publish),
 )
 
