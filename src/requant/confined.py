@@ -296,7 +296,7 @@ def supervise(request: dict) -> dict:
     return {
         "status": os.waitstatus_to_exitcode(status) if status is not None else None,
         "stopped": stopped,
-        "finished": report.strip() == proof,
+        "finished": report.startswith(proof),  # a fork of the program may reach its end too
         "seconds": seconds,
         "stdout": output[: request["output_bytes"]].decode(errors="replace"),
         "stderr": errors[: request["output_bytes"]].decode(errors="replace"),
