@@ -26,7 +26,7 @@ _CHUNK = 2**24  # row numbers drawn at once
 
 
 def of_row(results: list[Any]) -> tuple[float, float]:
-    """(hits, weight) of a row from its result in each repeat: a number, or a list of hits, whose length is the weight."""
+    """(hits, weight) of a row from its result in each repeat: a number, or a list of hits, then of that weight."""
     lists = [result if isinstance(result, list | tuple) else [result] for result in results]
     return (statistics.fmean(sum(map(float, found)) for found in lists), statistics.fmean(map(len, lists)))
 

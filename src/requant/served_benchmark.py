@@ -88,8 +88,8 @@ def measure(
     """Serves `subject` at `target` and scores its answers to benchmark `name` of the section `benchmark`.
 
     task_folder: where tasks of one's own lie. data: the benchmark's published files. scratch: holds what is served
-    meanwhile. sandbox: where programs of the model run. `samples` gets a line a row. Answers lie beside `out` until it is there. Raises RequantError if a task
-    can't be loaded or not be asked there, or if the engine does not answer.
+    meanwhile. sandbox: where programs of the model run. `samples` gets a line a row. Answers lie beside `out` until it
+    is there. Raises RequantError if a task can't be loaded or not be asked there, or if the engine does not answer.
     """
     started = time.monotonic()
     choice = choose(name, settings, target)
