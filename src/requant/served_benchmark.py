@@ -105,7 +105,7 @@ def measure(
         model = stack.enter_context(
             served_copy(subject.directory, sorted(subject.files), scratch, subject.why_decoded is not None)
         )
-        if choice.chat:
+        if choice.chat and target.engine == "transformers":  # others have templates of their own for some models
             _check_chat(name, subject, model)
         progress(f"{subject.name}: {name}: starting the engine (log: {server_log})")
         server = stack.enter_context(serve_at(target, model, server_log, threads))
