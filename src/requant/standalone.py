@@ -24,7 +24,7 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
     return {
         "models": {name: _model(config, name) for name in models},
         "calibrations": {name: _calibration(config, name) for name in dict.fromkeys(calibrations)},
-        "benchmarks": {settings.benchmark: _cut(config.benchmarks[settings.benchmark], "include_path")},
+        "benchmarks": {settings.benchmark: _benchmark(config, settings.benchmark)},
         "targets": {settings.deploy.target: config.targets[settings.deploy.target].model_dump(mode="json")},
         "releases": {release: written},
         "build": [release],
@@ -42,6 +42,12 @@ def _cut(section, *keys: str) -> dict[str, Any]:
     """A section as plain data, the paths under `keys` as they may be published."""
     written = section.model_dump(mode="json", by_alias=True)
     return written | {key: public_path(written[key]) for key in keys if written[key] is not None}
+
+
+def _benchmark(config: Config, name: str) -> dict[str, Any]:
+    settings = config.benchmarks[name]
+    served = {key: _cut(entry, "data") for key, entry in settings.served.items()}
+    return _cut(settings, "include_path") | {"served": served}
 
 
 def _model(config: Config, name: str) -> dict[str, Any]:
