@@ -24,7 +24,7 @@ from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
-from requant.config import parse as parse_config, verify_limits
+from requant.config import PUBLIC, parse as parse_config, verify_limits
 from requant.cut import blocks_to_load, check_load_test
 from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
 from requant.download import HubModel, check_download_room
@@ -38,6 +38,8 @@ from requant.naming import entries, places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 from requant.preflight import check_context, check_group, check_model, check_source
 from requant.pruning import check_counts, kept_experts
+from requant.published import files as published_files
+from requant.sandbox import which_sandbox
 from requant.schemes import SCHEMES
 from requant.signature import check_key
 from requant.sizes import Shaped
@@ -60,6 +62,8 @@ wildcard_constraints:
     release=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     calibration=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     benchmark=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    target=r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    task=r"[A-Za-z0-9][A-Za-z0-9_-]*",
     block=r"\d+",
     file=r"[^/]+",
 
@@ -666,8 +670,8 @@ def as_left(release):
     model = f"results/{release}/model"
     own = [f"{model}/{name}" for name in ("config.json", INDEX, "README.md", "provenance.json")]
     own += [f"results/{release}/{stage}.json" for stage in ("verify", "evaluate", "deploy", "benchmark")]
-    own += load_test_record(wildcards)
-    own += release_pictures(wildcards) + saliency_picture(wildcards)
+    own += [*load_test_record(wildcards), *served_records(wildcards)]
+    own += [*release_pictures(wildcards), *saliency_picture(wildcards)]
     workflow.dag.forcefiles.update(or_stop(gone, release, len(blocks_of(wildcards)), own))
     or_warn(check_release, release, left_at(own))
 
@@ -744,6 +748,84 @@ def benchmark_files(wildcards):
 def source_scores(wildcards):
     """The source model's scores on a release's benchmark."""
     return f"results/reference/{model_of(wildcards)}/benchmark/{benchmark_of(wildcards)}.json"
+
+
+# Benchmarks of the served model
+
+
+def served_of(wildcards):
+    """The settings of one benchmark of the served model."""
+    return CONFIG.benchmarks[benchmark_of(wildcards)].served[wildcards.task]
+
+
+def served_config(wildcards):
+    """What the answers depend on: neither what they are held against, nor which score is the benchmark's."""
+    return served_of(wildcards).model_dump(mode="json", exclude={"expected", "source", "metric"})
+
+
+def served_comparison_config(wildcards):
+    """What the scores are held against."""
+    settings = served_of(wildcards)
+    return settings.model_dump(mode="json", include={"task", "expected", "source", "metric"})
+
+
+def served_target(wildcards):
+    return release_of(wildcards).deploy.target if hasattr(wildcards, "release") else wildcards.target
+
+
+def served_target_config(wildcards):
+    return CONFIG.targets[served_target(wildcards)].model_dump(mode="json")
+
+
+def serving_gpus(wildcards):
+    target = CONFIG.targets[served_target(wildcards)]
+    return 0 if target.device == "cpu" else target.devices
+
+
+def served_data(wildcards):
+    """The directory of a benchmark's published files; empty if they come from elsewhere."""
+    data = served_of(wildcards).data
+    return located(os.path.expanduser(data)) if data else ""
+
+
+@cache
+def sandbox_is_here():
+    """Stops a build whose models' programs could run nowhere."""
+    or_warn(which_sandbox, CONFIG.sandbox)
+
+
+def served_task_files(wildcards):
+    """What the prompts of a benchmark are made of: published files, or files of tasks of one's own; none of the hub."""
+    if wildcards.task == "humaneval":
+        sandbox_is_here()
+    if wildcards.task not in PUBLIC:
+        return benchmark_files(wildcards)
+    folder = served_data(wildcards)
+    return list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
+
+
+def served_source_model(wildcards):
+    """The checkpoint that a release is made from, before any pruning."""
+    return source_name(model_of(wildcards))
+
+
+def served_source(wildcards):
+    """The source model's scores and rows through a release's target; nothing if they are not measured."""
+    if served_of(wildcards).source != "measured":
+        return []
+    place = f"{served_source_model(wildcards)}/served_benchmarks/{served_target(wildcards)}"
+    stem = f"results/reference/{place}/{benchmark_of(wildcards)}/{wildcards.task}"
+    return [f"{stem}.json", f"{stem}.samples.jsonl"]
+
+
+def served_records(wildcards):
+    """The records of a release's benchmarks of the served model."""
+    names = CONFIG.benchmarks[benchmark_of(wildcards)].served
+    return [f"results/{wildcards.release}/served_benchmarks/{name}.json" for name in names]
+
+
+def sandbox_config(_):
+    return CONFIG.sandbox.model_dump(mode="json")
 
 
 # Pruning
@@ -869,7 +951,8 @@ def release_records(wildcards):
         f"results/{wildcards.release}/{stage}.json"
         for stage in ("pack", "verify", "evaluate", "deploy", "benchmark")
     ]
-    return list(dict.fromkeys([*shared_records(wildcards), *block_records(wildcards), *own]))
+    found = [*shared_records(wildcards), *block_records(wildcards), *own, *served_records(wildcards)]
+    return list(dict.fromkeys(found))
 
 
 def built():
@@ -1018,6 +1101,10 @@ def plan_subject(release):
         "lock": lock_file(settings.model),
         "device": CONFIG.device,
         "publishing": publishing(SimpleNamespace(release=release)),
+        "served": {
+            name: entry.source == "measured"
+            for name, entry in CONFIG.benchmarks[settings.benchmark].served.items()
+        },
         "repository": (
             repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
         ),

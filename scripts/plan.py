@@ -25,6 +25,7 @@ with job(snakemake.log[0]):
             found["observed"] and Calibration.model_validate(found["observed"]),
             found["device"],
             tuple(found["publishing"]),
+            found["served"],
         )
         for found in snakemake.params.subjects
     ]

@@ -59,7 +59,7 @@ def run_benchmark(
 
     started = time.monotonic()
     torch.set_num_threads(threads)
-    with unwinding_on_sigterm(), _offline():
+    with unwinding_on_sigterm(), offline():
         manager = task_manager(settings.tasks, task_folder)
         refuse_code_execution(manager, settings.tasks)
         tasks = _load(manager, settings.tasks)
@@ -172,7 +172,7 @@ def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
 def refuse_code_execution(manager: "TaskManager", tasks: list[str]) -> None:
     """RequantError naming a task (or one within a group) that would run what the model wrote."""
     for task in tasks:
-        for name, config in _task_configs(manager, task):
+        for name, config in task_configs(manager, task):
             reason = _code_execution(config)
             if reason:
                 within = "" if name == task else f" (in {task})"
@@ -182,7 +182,7 @@ def refuse_code_execution(manager: "TaskManager", tasks: list[str]) -> None:
                 )
 
 
-def _task_configs(manager: "TaskManager", name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def task_configs(manager: "TaskManager", name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, configuration) of each task that `name`, a task, a group or a tag, stands for."""
     entry = manager.task_index.get(name)
     if entry is None:
@@ -194,12 +194,22 @@ def _task_configs(manager: "TaskManager", name: str) -> Iterator[tuple[str, dict
     if members is None:
         yield name, config
         return
+    yield from _member_configs(manager, name, members)
+
+
+def _member_configs(
+    manager: "TaskManager", group: str, members: list[str | dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `task_configs` of what a group lists: names, a task with settings of its own, groups written out in place."""
     for member in members:
         inner = member if isinstance(member, str) else member.get("task") or member.get("group")
+        if isinstance(inner, list):
+            yield from _member_configs(manager, group, inner)
+            continue
         if isinstance(member, dict):
             yield str(inner), member
-        if isinstance(inner, str) and inner != name:
-            yield from _task_configs(manager, inner)
+        if isinstance(inner, str) and inner != group:
+            yield from task_configs(manager, inner)
 
 
 def _code_execution(config: dict[str, Any]) -> str | None:
@@ -307,7 +317,7 @@ def _scores(results: dict, names: list[str], manager: "TaskManager") -> list[Sco
 
 
 def _members(results: dict, name: str, manager: "TaskManager") -> list[str]:
-    return sorted({task for task, _ in _task_configs(manager, name)} & set(results["n-samples"]))
+    return sorted({task for task, _ in task_configs(manager, name)} & set(results["n-samples"]))
 
 
 def _task_scores(results: dict, task: str, metrics: dict[str, Any]) -> list[Score]:
@@ -368,7 +378,7 @@ def _ratio_stderr(metric: str, value: float, samples: list[dict]) -> float | Non
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """No network for the libraries below, a data set cache of this run's own, one process.
 
     Both libraries read their environment when they are imported: modules that are there already are told too.

@@ -9,7 +9,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from requant.errors import RequantError, brief, plain
 from requant.schemes import SCHEMES
@@ -20,6 +20,7 @@ COMPUTES = False  # the schema of the config: its values reach a job as params
 # Folders of results/ that belong to no release.
 RESERVED = ("benchmarks", "calibration", "card", "demo", "reference", "source")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # no dot: files beside a record have one
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 MOST_LINES = 20  # of the errors of one config
@@ -310,6 +311,70 @@ class HubTask(Section):
     revision: str | None = Field(None, pattern="^[0-9a-f]{40}$", description="commit of the data set")
 
 
+# Benchmarks that `served` knows by name: their lm-eval tasks, conventions and data are in requant.served_tasks.
+PUBLIC = ("mmlu", "gsm8k", "math", "humaneval", "ifeval")
+
+
+class Cited(Section):
+    """A score of the source model that somebody published."""
+
+    value: float = Field(description="the score, on the scale of lm-eval: 0 to 1 for parts that are right")
+    citation: str = Field(min_length=1, description="where it is published")
+
+
+# Which of the two is meant is told by the shape, so that an error speaks of one of them.
+SourceScore = Annotated[
+    Annotated[Literal["measured"], Tag("measured")] | Annotated[Cited, Tag("cited")],
+    Discriminator(lambda found: "cited" if isinstance(found, dict | Cited) else "measured"),
+]
+
+
+class Served(Section):
+    """One benchmark of a release as its target serves it, and of the source model as the same target serves that."""
+
+    task: str | None = Field(
+        None, min_length=1, description=f"name of an lm-eval task; known for {', '.join(PUBLIC)}, needed for others"
+    )
+    metric: str | None = Field(
+        None,
+        min_length=1,
+        description="the score that is the benchmark's, as its record calls it: `exact_match (strict-match)`; the "
+        "convention's if absent, of another task its first",
+    )
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="examples before each question; the convention's number, or the task's own, if absent"
+    )
+    limit: PositiveInt | None = Field(
+        None, description="only the first rows of each task (of mmlu: of each subject): for trials, not for a card"
+    )
+    seed: Seed = Field(42, description="of lm-eval's choices, and of the engine's sampling")
+    repeats: PositiveInt = Field(1, description="runs over all rows; each has a seed of its own: seed, seed + 1, ...")
+    temperature: float = Field(0.0, ge=0, description="0: the most likely token each time")
+    max_tokens: PositiveInt | None = Field(None, description="tokens of an answer at most; the task's own if absent")
+    chat: bool | None = Field(
+        None, description="whether questions go through the chat template; the convention's (ifeval: yes) if absent"
+    )
+    data: str | None = Field(
+        None,
+        min_length=1,
+        description="directory with the benchmark's published files; from the hub, or the task's own, if absent",
+    )
+    expected: tuple[float, float] | None = Field(
+        None, description="lowest and highest score that is no surprise: shown beside the score, and said if missed"
+    )
+    source: SourceScore | None = Field(
+        "measured",
+        description="the source model's score: `measured` through the same target, or `value` and `citation` of a "
+        "published one; null: none",
+    )
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self):
+        if self.expected is not None and self.expected[0] > self.expected[1]:
+            raise ValueError(f"expected: {list(self.expected)}; expected the lower score first")
+        return self
+
+
 class Benchmark(Section):
     """lm-eval tasks, run on the source model and on each release."""
 
@@ -326,6 +391,28 @@ class Benchmark(Section):
     hub: dict[str, HubTask] = Field(
         {}, description="those tasks that are benchmarks of the hub, by name: for .eval_results of a release"
     )
+    served: dict[str, Served] = Field(
+        {}, description=f"benchmarks of the served model, by name: {', '.join(PUBLIC)}, or one of your own with `task`"
+    )
+
+    @model_validator(mode="after")
+    def _served_are_known(self):
+        for name, entry in self.served.items():
+            if not SERVED_NAME.fullmatch(name):
+                raise ValueError(f"served.{plain(name, 80)}: names have letters, digits, '_' and '-' only, 100 at most")
+            if name in PUBLIC and entry.task is not None:
+                raise ValueError(f"served.{name}.task: {entry.task!r}; expected none: {name} has its own")
+            if name not in PUBLIC and entry.task is None:
+                raise ValueError(
+                    f"served.{name}.task: missing; expected an lm-eval task, or one of {', '.join(PUBLIC)}"
+                )
+            if name == "humaneval" and entry.chat:
+                raise ValueError("served.humaneval.chat: True; expected false: the model goes on with a program")
+            if name not in PUBLIC and entry.data is not None:
+                raise ValueError(f"served.{name}.data: {entry.data!r}; expected none: the task's file names its data")
+            if name in PUBLIC and entry.expected is not None and not 0 <= entry.expected[0] <= entry.expected[1] <= 1:
+                raise ValueError(f"served.{name}.expected: {list(entry.expected)}; expected parts of 1: [0.73, 0.79]")
+        return self
 
 
 class Mount(Section):

@@ -7,12 +7,8 @@ rounding decides. The same replay through a chain with one block left out must f
 tell a wrong model from a right one.
 """
 
-import contextlib
-import json
-import shutil
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -21,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from requant.config import Deploy, Target
 from requant.engines import serve_at
 from requant.errors import RequantError
-from requant.hashing import file_entry
 from requant.jobs import progress
-from requant.records import Answer, DeployRecord, FileEntry, KeepList, PackRecord, read_json, write_json
+from requant.records import Answer, DeployRecord, KeepList, PackRecord, read_json, write_json
 from requant.safetensors_io import load
+from requant.served_copy import check_files, served_copy, why_decoded
 from requant.serving import Server, unwinding_on_sigterm
 
 if TYPE_CHECKING:
@@ -40,20 +36,6 @@ TIE_TEXT = "served token within 2^-7 |l| of the chain's best logit l: one roundi
 ENOUGH = 0.25  # part of the served tokens that has to be told from their text, or the check means little
 ROUNDS = 4  # passes through the chain at most; one is enough unless a token's text leaves its id open
 RANKED = 256  # candidates for a token whose text leaves its id open
-# Why a format is not served as it is; the engine reads the formats that are not here.
-WHY_DECODED = {
-    "nvfp4-pack-quantized": (
-        "no engine computes NVFP4 on a CPU; served this way, activations stay in BF16, while the evaluation rounds "
-        "them to NVFP4 as the format does"
-    ),
-}
-WHY_DECODED_MOE = {  # besides, for a mixture of experts
-    "nvfp4-pack-quantized": (
-        "transformers loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their "
-        "global scale (huggingface/transformers issue 48371), and "
-    ),
-}
-WHY_ASKED = "the config asks for it (`targets`: `weights: decoded`)"
 
 
 @dataclass
@@ -147,18 +129,6 @@ def smoke_test(
     return record
 
 
-def why_decoded(stored_format: str | None, moe: bool, target: Target) -> str | None:
-    """Why weights stored in that format are decoded to be served at `target`; None if they are served as they are.
-
-    stored_format: None for BF16, which nothing can be decoded to. vLLM and sglang compute with what they load.
-    """
-    if stored_format is None:
-        return None
-    if stored_format in WHY_DECODED and target.engine == "transformers":
-        return (WHY_DECODED_MOE.get(stored_format, "") if moe else "") + WHY_DECODED[stored_format]
-    return WHY_ASKED if target.weights == "decoded" else None
-
-
 def _serve_and_ask(
     release: str,
     packed: Path,
@@ -173,16 +143,9 @@ def _serve_and_ask(
     threads: int,
 ) -> tuple[Server, list[Served], int]:
     """(the server, by now stopped; its answers; its status for a request that names another model)."""
-    from requant.packed import write_decoded
-
-    with unwinding_on_sigterm(), temporary_folder(folder) as scratch:
-        model = scratch / "model"
-        if decode:
-            progress(f"{release}: decoding the weights to BF16")
-            write_decoded(packed, model)
-        else:
-            mirror(packed, sorted(made.files), model)
-        make_greedy(model)
+    if decode:
+        progress(f"{release}: decoding the weights to BF16")
+    with unwinding_on_sigterm(), served_copy(packed, sorted(made.files), folder, decode) as model:
         progress(f"{release}: starting the engine (log: {server_log})")
         with serve_at(target, model, server_log, threads) as server:
             progress(f"{release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
@@ -190,53 +153,10 @@ def _serve_and_ask(
             return server, served, refused_status(release, server, target.request_seconds)
 
 
-def mirror(packed: Path, names: list[str], folder: Path) -> None:
-    """Lays the files `names` of `packed` out in `folder`: shards as links, the others as copies that may be edited."""
-    folder.mkdir()
-    for path in (packed / name for name in names):
-        if path.suffix == ".safetensors":
-            (folder / path.name).symlink_to(path.resolve())
-        else:
-            shutil.copyfile(path, folder / path.name)
-
-
 def heldout_tokens(path: Path) -> "torch.Tensor":
     """Held-out token ids [m, seqlen] of a token file, -1 where padded."""
     tokens = load(path)
     return tokens["heldout"].masked_fill(tokens["heldout_mask"] == 0, -1)
-
-
-def check_files(directory: str | Path, files: dict[str, FileEntry]) -> None:
-    """Compares the packed files with what `pack` recorded: what is served must be what was verified."""
-    for name, expected in sorted(files.items()):
-        path = Path(directory) / name
-        found = file_entry(path) if path.is_file() else None
-        if found != expected:
-            raise RequantError(
-                f"{path}: {f'sha256 {found.sha256[:16]}...' if found else 'not there'}; expected "
-                f"{expected.sha256[:16]}... as packed: the file was changed since; run `pack` again"
-            )
-
-
-@contextlib.contextmanager
-def temporary_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder of a fixed name, gone afterwards; what a killed job left there is removed first."""
-    path = Path(path)
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def make_greedy(directory: Path) -> None:
-    """Leaves only token ids in generation_config.json: penalties would hide the model's own choice."""
-    path = directory / "generation_config.json"
-    if path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        ids = {key: value for key, value in settings.items() if key.endswith("_token_id")}
-        path.write_text(json.dumps(ids, sort_keys=True), encoding="utf-8")
 
 
 def choose_prompts(tokenizer: Any, heldout: "torch.Tensor", count: int, length: int) -> list[str]:

@@ -6,14 +6,13 @@ docs/plan.md says what each figure is and how exact.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
-from requant.deploy import why_decoded
 from requant.disk import chain_files, nearest_folder, reference_files
 from requant.download import HubModel, bytes_to_come
 from requant.duration import observation, read_rates, seconds_on, stages
@@ -25,6 +24,7 @@ from requant.preflight import check_model, check_numbers
 from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
 from requant.schemes import SCHEMES, Scheme
+from requant.served_copy import why_decoded
 from requant.structure import ReleaseSize, Structure
 from requant.targets import (
     cache_bytes_per_token,
@@ -46,7 +46,7 @@ class Subject:
 
     pruned_from: the model that this directory is of, if the release's is pruned, by `prune`, as observed on `observed`.
     device: what models run on outside of tuning. publishing: rules that it goes through and others do not
-    (eval_results, sign).
+    (eval_results, sign). served: its benchmarks of the served model, with whether the source is measured too.
     """
 
     release: str
@@ -61,6 +61,7 @@ class Subject:
     observed: Calibration | None = None
     device: str = "cpu"
     publishing: tuple[str, ...] = ()
+    served: dict[str, bool] = field(default_factory=dict)
 
     @property
     def files_of(self) -> str:
@@ -347,6 +348,10 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
         found.update(["load_test"] if load_test_blocks(settings, source.structure) else [])
         once |= {(source.check, files, name) for name in source.files or ()}
         once |= {("source", files), ("benchmark_source", model, settings.benchmark)}
+        found.update({rule: len(subject.served) for rule in ("measure_served", "served_benchmark") if subject.served})
+        measured = [name for name, with_source in subject.served.items() if with_source]
+        target = settings.deploy.target
+        once |= {("measure_served_source", files, target, settings.benchmark, name) for name in measured}
         for walked, name, calibration in subject.chains():
             once |= {("calibrate", files, name), ("embed", walked, name)}
             once |= {("reference", walked, name, block) for block in range(blocks)}

@@ -401,6 +401,79 @@ class BenchmarkRecord(StageRecord):
     device: str = "cpu"
 
 
+class ServedMeasurement(StageRecord):
+    """results/{release}/served_benchmarks/{name}.measured.json, and of a source model
+    results/reference/{model}/served_benchmarks/{target}/{benchmark}/{name}.json: what an engine answered, scored."""
+
+    subject: str = Field(description="the release or model that was served")
+    benchmark: str = Field(description="its section in `benchmarks`")
+    name: str = Field(description="its key in `served` there")
+    tasks: dict[str, str] = Field(description="lm-eval's tasks, with their versions")
+    method: Literal["log-likelihood", "generation"] = Field(
+        description="log-likelihood: the engine's own of each choice; generation: what it writes is read"
+    )
+    chat_template: bool
+    num_fewshot: int
+    limit: int | None = Field(description="rows of each task; null for all")
+    seed: int = Field(description="of the first repeat; the engine is given one more in each")
+    repeats: int
+    temperature: float
+    max_tokens: int | None = Field(description="null for the task's own")
+    harness: str
+    harness_version: str
+    data: str = Field(description="where the rows come from")
+    documents_sha256: str = Field(description="over the rows, in order")
+    prompts: int = Field(description="requests of one repeat")
+    prompts_sha256: str = Field(description="over the prompts as sent, in order, with the choices that are scored")
+    scores: list[Score]
+    samples: FileEntry = Field(description="the file beside this one that has each row's scores and answers")
+    target: str
+    engine: str
+    engine_version: str
+    command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
+    environment: dict[str, str]
+    weights: str = Field(description="what was served: decoded to BF16, or the checkpoint as it is")
+    why_decoded: str | None
+    sandbox: dict[str, Any] | None = Field(description="where the model's code ran; null if none was run")
+    sentences: str | None = Field(description="what splits text into sentences; null if nothing does")
+    kept_answers: int = Field(description="of the requests, those that an earlier run of this job had an answer to")
+    seconds: float = Field(description="of this run")
+
+
+class PairedTest(Record):
+    """Whether the release and the source differ on the rows that both were asked."""
+
+    test: str
+    rows: int
+    better: int = Field(description="rows that the release does better on than the source")
+    worse: int
+    p_value: float = Field(description="two-sided")
+
+
+class ServedBenchmarkRecord(StageRecord):
+    """results/{release}/served_benchmarks/{name}.json: a served release's score, and what it is held against."""
+
+    release: str
+    measured: ServedMeasurement
+    metric: str = Field(description="the score that is the benchmark's")
+    score: float
+    stderr: float | None
+    higher_is_better: bool
+    expected: tuple[float, float] | None = Field(description="lowest and highest score that is no surprise")
+    verdict: Literal["inside", "below", "above"] | None = Field(description="of the score; null without a range")
+    source_kind: Literal["measured", "cited"] | None
+    source_model: str = Field(description="the checkpoint that the release was made from, before any pruning")
+    source_score: float | None
+    source_stderr: float | None
+    citation: str | None = Field(description="where a cited score is published")
+    source_scores: list[Score] | None = Field(description="measured through the same target; null if not measured")
+    recovery: float | None = Field(description="score / source's score, inverted where lower is better; 1 is all of it")
+    recovery_interval: tuple[float, float] | None = Field(description="95 %")
+    interval_method: str | None
+    paired: dict[str, PairedTest] = Field(description="by metric; empty unless both were asked the same")
+    unpaired_because: str | None
+
+
 class SchemePlan(Record):
     """A release of one scheme, predicted."""
 

@@ -24,7 +24,7 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
     return {
         "models": {name: _model(config, name) for name in models},
         "calibrations": {name: _calibration(config, name) for name in dict.fromkeys(calibrations)},
-        "benchmarks": {settings.benchmark: _cut(config.benchmarks[settings.benchmark], "include_path")},
+        "benchmarks": {settings.benchmark: _benchmark(config, settings.benchmark)},
         "targets": {settings.deploy.target: _target(config.targets[settings.deploy.target])},
         "releases": {release: written},
         "build": [release],
@@ -50,6 +50,12 @@ def _target(target: Target) -> dict[str, Any]:
     for mount in written["container"]["mounts"]:
         mount["source"] = public_path(mount["source"])
     return written
+
+
+def _benchmark(config: Config, name: str) -> dict[str, Any]:
+    settings = config.benchmarks[name]
+    served = {key: _cut(entry, "data") for key, entry in settings.served.items()}
+    return _cut(settings, "include_path") | {"served": served}
 
 
 def _model(config: Config, name: str) -> dict[str, Any]:

@@ -257,3 +257,37 @@ def test_the_device_of_the_config_is_that_of_tuning_unless_a_release_says_otherw
 def test_models_run_on_known_devices_only():
     with pytest.raises(RequantError, match=r"config: device: 'tpu'"):
         parse(FIVE_LINES | {"device": "tpu"})
+
+
+def served(**entries) -> dict:
+    return FIVE_LINES | {"benchmarks": {"default": {"served": entries}}}
+
+
+def test_benchmarks_of_the_served_model_have_the_conventions_for_defaults():
+    entries = parse(served(mmlu={}, mine={"task": "arc_easy", "source": None})).benchmarks["default"].served
+    assert (entries["mmlu"].source, entries["mmlu"].limit, entries["mmlu"].repeats) == ("measured", None, 1)
+    assert entries["mine"].source is None
+    cited = parse(served(gsm8k={"source": {"value": 0.9, "citation": "a report"}})).benchmarks["default"].served
+    assert cited["gsm8k"].source.citation == "a report"
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"mmlu": {"expected": [73, 79]}}, ".mmlu.expected: [73.0, 79.0]; expected parts of 1: [0.73, 0.79]"),
+        ({"mmlu": {"expected": [0.8, 0.7]}}, ".mmlu.expected: [0.8, 0.7]; expected the lower score first"),
+        ({"mmlu": {"task": "mmlu_pro"}}, ".mmlu.task: 'mmlu_pro'; expected none: mmlu has its own"),
+        ({"mine": {}}, ".mine.task: missing; expected an lm-eval task, or one of mmlu, gsm8k, math, humaneval, ifeval"),
+        ({"mine": {"task": "x", "data": "here"}}, ".mine.data: 'here'; expected none: the task's file names its data"),
+        ({"mmlu": {"shots": 5}}, ".mmlu.shots: unknown key (value 5); expected: one of chat, data, expected"),
+        ({"mmlu": {"source": "guessed"}}, ".mmlu.source.measured: 'guessed'; expected: 'measured'"),
+        ({"mmlu": {"source": {"value": 0.9}}}, ".mmlu.source.cited.citation: missing; expected: where it is published"),
+        ({"humaneval": {"chat": True}}, ".humaneval.chat: True; expected false: the model goes on with a program"),
+        ({"a.b": {"task": "x"}}, ".a.b: names have letters, digits, '_' and '-' only"),
+    ],
+)
+def test_each_mistake_in_benchmarks_of_the_served_model_is_one_line(entries, expected):
+    with pytest.raises(RequantError) as error:
+        parse(served(**entries))
+    assert str(error.value).startswith(f"config: benchmarks.default.served{expected}"), str(error.value)
+    assert "\n" not in str(error.value)

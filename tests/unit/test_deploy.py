@@ -15,7 +15,7 @@ import tiny_checkpoint as tiny
 import torch
 from safetensors.torch import load_file
 
-from requant import deploy, serving
+from requant import deploy, served_copy, serving
 from requant.config import Deploy, Target
 from requant.errors import RequantError
 from requant.hashing import file_entry
@@ -141,13 +141,15 @@ def test_a_release_is_served_and_shown_to_be_itself(tmp_path, source, packed):
 
 
 def test_the_reason_for_decoding_fits_the_model():
-    dense = deploy.why_decoded("nvfp4-pack-quantized", False, Target())
-    moe = deploy.why_decoded("nvfp4-pack-quantized", True, Target())
+    dense = served_copy.why_decoded("nvfp4-pack-quantized", False, Target())
+    moe = served_copy.why_decoded("nvfp4-pack-quantized", True, Target())
     assert "expert" not in dense and "48371" not in dense
     assert "mixture-of-experts" in moe and "48371" in moe and moe.endswith(dense)
-    assert deploy.why_decoded("pack-quantized", True, Target()) is None
-    assert deploy.why_decoded("pack-quantized", True, Target(weights="decoded")) == deploy.WHY_ASKED
-    assert deploy.why_decoded(None, True, Target(weights="decoded")) is None, "BF16 is decoded already"
+    assert served_copy.why_decoded("pack-quantized", True, Target()) is None
+    assert served_copy.why_decoded("pack-quantized", True, Target(weights="decoded")) == served_copy.WHY_ASKED
+    assert served_copy.why_decoded(None, True, Target(weights="decoded")) is None, "BF16 is decoded already"
+    gpu = Target(engine="sglang", device="cuda", gpu="sm120")
+    assert served_copy.why_decoded("nvfp4-pack-quantized", True, gpu) is None, "engines on GPUs compute NVFP4"
 
 
 def test_every_served_token_is_the_chains_own(served, packed):
@@ -184,9 +186,9 @@ def test_a_packed_file_changed_after_packing_is_named(tmp_path, packed):
     tensors["model.layers.0.mlp.up_proj.weight_global_scale"] *= 2
     save(tmp_path / "model.safetensors", tensors)
     with pytest.raises(RequantError, match=r"model\.safetensors: sha256 .*as packed"):
-        deploy.check_files(tmp_path, {"model.safetensors": files["model.safetensors"]})
+        served_copy.check_files(tmp_path, {"model.safetensors": files["model.safetensors"]})
     with pytest.raises(RequantError, match=r"config\.json: not there"):
-        deploy.check_files(tmp_path, files)
+        served_copy.check_files(tmp_path, files)
 
 
 def test_a_test_that_cannot_tell_says_that_it_is_blind(served, packed):
@@ -224,14 +226,14 @@ def test_padding_is_no_prompt():
 def test_sampling_settings_of_the_checkpoint_are_left_out(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text('{"do_sample": true, "repetition_penalty": 1.3, "eos_token_id": [1]}')
-    deploy.make_greedy(tmp_path)
+    served_copy.make_greedy(tmp_path)
     assert path.read_text() == '{"eos_token_id": [1]}'
 
 
 def test_a_killed_jobs_folder_is_emptied_first(tmp_path):
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "half").write_text("x")
-    with deploy.temporary_folder(tmp_path / "served") as folder:
+    with served_copy.temporary_folder(tmp_path / "served") as folder:
         assert list(folder.iterdir()) == []
     assert not folder.exists()
 
@@ -284,11 +286,11 @@ def test_nothing_is_left_after_the_job_is_ended(tmp_path, stand_in, number):
     engine = stand_in("healthy")
     program = f"""
 import signal, tempfile, time
-from requant import deploy, serving
+from requant import served_copy, serving
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
 serving._program = lambda *_: {str(engine)!r}
 tempfile.tempdir = {str(tmp_path)!r}
-with serving.unwinding_on_sigterm(), deploy.temporary_folder({str(tmp_path / "served")!r}):
+with serving.unwinding_on_sigterm(), served_copy.temporary_folder({str(tmp_path / "served")!r}):
     with serving.serve({str(tmp_path)!r}, {str(tmp_path / "log")!r}) as server:
         print(server.pid, server.url, flush=True)
         time.sleep(60)
@@ -333,7 +335,7 @@ def test_only_what_was_packed_is_laid_out(tmp_path):
     (packed / ".eval_results").mkdir(parents=True)
     for name in ("config.json", "model-00001-of-00001.safetensors", "README.md", ".README.md.7.partial"):
         (packed / name).write_text(name)
-    deploy.mirror(packed, ["config.json", "model-00001-of-00001.safetensors"], tmp_path / "served")
+    served_copy.mirror(packed, ["config.json", "model-00001-of-00001.safetensors"], tmp_path / "served")
     assert sorted(path.name for path in (tmp_path / "served").iterdir()) == [
         "config.json",
         "model-00001-of-00001.safetensors",

@@ -18,7 +18,13 @@ CONFIG = {
         "own": {"sources": [{"path": "text/code.jsonl", "name": "code"}], "seqlen": 64},
         "unused": {},
     },
-    "benchmarks": {"none": {"tasks": ["gsm8k"], "include_path": None}, "mine": {"include_path": "/data/hidden/tasks"}},
+    "benchmarks": {
+        "none": {"tasks": ["gsm8k"], "include_path": None},
+        "mine": {
+            "include_path": "/data/hidden/tasks",
+            "served": {"mmlu": {"data": "/data/hidden/mmlu", "expected": [0.7, 0.8]}, "gsm8k": {"source": None}},
+        },
+    },
     "releases": {
         "pruned": {"model": "big-25", "scheme": "NVFP4", "calibration": "own", "benchmark": "none", "keep": ["kv_b"]},
         "hub": {"model": "far", "scheme": "W4A16", "benchmark": "mine", "tuning": {"iters": 7}},
@@ -44,6 +50,8 @@ def test_it_has_what_the_release_needs_and_nothing_else():
     assert alone["benchmarks"]["none"]["include_path"] is None, "not the default folder"
     assert alone["releases"]["pruned"]["tuning"]["iters"] == 200 and alone["releases"]["pruned"]["keep"] == ["kv_b"]
     assert list(standalone(parse(CONFIG), "hub")["models"]) == ["far"]
+    served = standalone(parse(CONFIG), "hub")["benchmarks"]["mine"]["served"]
+    assert (served["mmlu"]["data"], served["mmlu"]["expected"], served["gsm8k"]["source"]) == ("mmlu", [0.7, 0.8], None)
 
 
 @pytest.mark.parametrize("release", ["pruned", "hub"])
