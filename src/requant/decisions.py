@@ -10,10 +10,10 @@ again (transformers.decision: `<|split|>`); a text that would still come out as 
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from requant.distances import Row, centred
 from requant.errors import RequantError
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ TEMPLATE = (
     f"{{% for piece in part %}}{{{{ piece }}}}{SPLIT}{{% endfor %}}{MARK}"
     "{% endfor %}"
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids that are fed. ends[i]: how many of them make up the first i + 1 pieces of text; texts: the pieces."""
-
-    ids: list[int]
-    ends: list[int]
-    texts: list[str]
 
 
 def rows_of(tokenizer: Any, rows: list[list[int]]) -> list[Row]:
@@ -81,7 +72,8 @@ def choose_labels(tokenizer: Any, rows: list[list[int]]) -> list[int]:
             labels.append(token)
     if len(labels) < FEWEST_LABELS:
         raise RequantError(
-            f"held-out tokens: {len(labels)} of them are read back from their own text; expected {FEWEST_LABELS} or more"
+            f"held-out tokens: {len(labels)} of them are read back from their own text; expected {FEWEST_LABELS} "
+            "or more"
         )
     return labels
 
@@ -119,12 +111,6 @@ def ask(client: "OpenAI", model: str, row: Row, labels: int) -> "torch.Tensor":
     return centred(torch.tensor(found, dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny).log())
 
 
-def centred(scores: "torch.Tensor") -> "torch.Tensor":
-    """scores [..., labels], logits or log-probabilities, less their mean: what all constants fall out of."""
-    scores = scores.double()
-    return scores - scores.mean(-1, keepdim=True)
-
-
 def own(logits: "torch.Tensor", row: Row, labels: list[int]) -> "torch.Tensor":
     """The same float64 [pieces, labels] from a chain's logits [tokens, vocabulary] of the row."""
-    return centred(logits[[end - 1 for end in row.ends]][:, labels])
+    return centred(logits[row.places][:, labels])

@@ -12,19 +12,17 @@ RECORDED = 512  # tokens whose log-probabilities evaluate.json has
 
 
 def first_rows(tokens: torch.Tensor, mask: torch.Tensor | None, count: int) -> list[list[int]]:
-    """The first `count` tokens of samples [n, T], as rows of 2 to LONGEST tokens; mask [n, T] is 0 where padded.
+    """The first `count` tokens of samples [n, T], a row a sample, of LONGEST tokens at most; mask: 0 where padded.
 
-    The rows of a smaller count are a beginning of those of a larger one, but that the last may be shorter.
+    The rows of a smaller count are the beginning of those of a larger one, but that the last may be shorter.
     """
-    rows, left = [], count
+    rows: list[list[int]] = []
     for index, row in enumerate(tokens):
-        length = len(row) if mask is None else int(mask[index].sum())
-        ids = row[: min(length, LONGEST, left)].tolist()
-        if len(ids) > 1:
-            rows.append(ids)
-            left -= len(ids)
-        if left < 2:
+        if count <= 0:
             break
+        length = len(row) if mask is None else int(mask[index].sum())
+        rows.append(row[: min(length, LONGEST, count)].tolist())
+        count -= len(rows[-1])
     return rows
 
 
@@ -37,7 +35,7 @@ def log_probabilities(
     """
     found = []
     for states, ids in zip(hidden, rows, strict=False):
-        scores = head(states[: len(ids) - 1]).double().log_softmax(-1)
+        scores = head(states[: max(len(ids) - 1, 0)]).double().log_softmax(-1)
         next_ids = torch.tensor(ids[1:], device=scores.device)
         found.append([round(value, 6) for value in scores.gather(-1, next_ids[:, None])[:, 0].tolist()])
     return found

@@ -25,10 +25,18 @@ class StreamedModel:
     """A causal language model whose blocks are read when they are run, on `device`; hidden states stay with the CPU."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+        self,
+        checkpoint: Checkpoint,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        quantize_activations: bool = False,
     ):
-        """dtype: of all arithmetic. In float32 the same BF16 weights are run with next to no rounding."""
+        """dtype: of all arithmetic. In float32 the same BF16 weights are run with next to no rounding.
+
+        quantize_activations: what `stream` and `logits_of` do with the inputs of quantized Linears if they aren't told.
+        """
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.quantize_activations = quantize_activations
         prepare_device(self.device)
         self.blocks = block_count(checkpoint.config)
         self.empty = empty_model(checkpoint.config)
@@ -87,7 +95,9 @@ class StreamedModel:
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The final norm and the output matrix, as a function of hidden states: float32 logits on `device`."""
-        matrix = self.checkpoint.read([self._head_name()])[self._head_name()].to(self.device, torch.bfloat16).to(self.dtype)
+        matrix = (
+            self.checkpoint.read([self._head_name()])[self._head_name()].to(self.device, torch.bfloat16).to(self.dtype)
+        )
         norm = self._norm().to(self.device, self.dtype)
 
         @torch.no_grad()
@@ -97,9 +107,11 @@ class StreamedModel:
         return logits
 
     def stream(
-        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Hidden states after the embedding and after each block; a skipped block hands its input on."""
+        if quantize_activations is None:
+            quantize_activations = self.quantize_activations
         hidden = self.embed(tokens)
         yield hidden
         for index in range(self.blocks):
@@ -108,7 +120,7 @@ class StreamedModel:
             yield hidden
 
     def logits_of(
-        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
     ) -> torch.Tensor:
         """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
         *_, hidden = self.stream(tokens, quantize_activations, skip_block)
