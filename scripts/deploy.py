@@ -18,6 +18,7 @@ with job(snakemake.log.job, snakemake.input):
         Path(snakemake.params.source),
         manifest.parent / "model",
         manifest,
+        Path(snakemake.input.evaluated),
         Path(snakemake.input.tokens),
         Deploy.model_validate(snakemake.params.settings),
         Target.model_validate(snakemake.params.target),
@@ -25,6 +26,7 @@ with job(snakemake.log.job, snakemake.input):
         Path(snakemake.log.engine),
         snakemake.threads,
         record_path,
+        Path(snakemake.output.throughput),
         read_keep(snakemake.input.keep),
     )
     progress(

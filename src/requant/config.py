@@ -233,6 +233,18 @@ VERIFY_DEFAULTS = {  # (cosine, relative MAE) that round-to-nearest keeps on Gau
 }
 
 
+class Throughput(Section):
+    """How the served model's speed is measured."""
+
+    concurrency: list[PositiveInt] = Field(
+        [1, 4, 16], min_length=1, description="requests at a time, each measured by itself"
+    )
+    prompt_tokens: PositiveInt = Field(64, description="tokens of a prompt, at most: held-out texts may be shorter")
+    max_tokens: Annotated[int, Field(ge=2, strict=True)] = Field(32, description="tokens asked for")
+    repeats: PositiveInt = Field(3, description="how often each is measured")
+    warmup: Annotated[int, Field(ge=0, strict=True)] = Field(1, description="repeats before those, thrown away")
+
+
 class Deploy(Section):
     """The smoke test of the served model."""
 
@@ -248,6 +260,22 @@ class Deploy(Section):
         description="first blocks that are served as soon as they are made, 0 for none; as many as have one MoE block, "
         "of a dense model one, if absent; none where that is all blocks of the model",
     )
+    reference_tokens: Annotated[int, Field(ge=2, strict=True)] = Field(
+        2048, description="held-out tokens whose log-probabilities are compared"
+    )
+    vocabulary_tokens: PositiveInt = Field(
+        1024, description="tokens of the vocabulary that the engine is shown where it can't be asked for its tokenizer"
+    )
+    rounding: float = Field(
+        1.5,
+        ge=1,
+        description="how far the engine's log-probabilities may be from this model's own, as a multiple of what "
+        "rounding to BF16 alone does to them",
+    )
+    long_prompt_tokens: PositiveInt = Field(
+        1024, description="tokens of the long prompt, at most; fewer if the model's context is shorter"
+    )
+    throughput: Throughput = Throughput()
 
 
 class Reproduce(Section):

@@ -27,9 +27,11 @@ from requant.records import (
     KeepList,
     ModelQuality,
     PruneEvaluateRecord,
+    ReferenceText,
     read_json,
     write_json,
 )
+from requant.reference_text import RECORDED, first_rows, log_probabilities
 from requant.routing import observe
 from requant.safetensors_io import load
 from requant.streamed import StreamedModel
@@ -129,15 +131,21 @@ def evaluate(
     reference = load(hidden[0], "heldout")["heldout"]
     chains = {"rounded": Chain(reference)} if packed.scheme.quantizes else {}
     chains["quantized"] = Chain(reference)
+    text = first_rows(tokens, mask, RECORDED)
+    # Activations in BF16, of that text alone: an engine that is given decoded weights has them so.
+    alone = reference[: len(text), : max(map(len, text))] if packed.scheme.quantizes_activations else None
     for index in range(original.blocks):
         reference = load(hidden[index + 1], "heldout")["heldout"]
         chains["quantized"].advance(original, shipped.block(index, quantize_activations=True), reference, mask)
         if "rounded" in chains:
             chains["rounded"].advance(original, rounded_block(original, packed, index), reference, mask)
+        if alone is not None:
+            alone = shipped.run(shipped.block(index), alone)
         errors = ", ".join(f"{chain.errors[-1]:.3e} {LABELS[name]}" for name, chain in chains.items())
         progress(f"{release}: block {index} (of {original.blocks}) evaluated, hidden-state MSE {errors}")
     tallies = tally(original, reference, {name: chain.hidden for name, chain in chains.items()}, tokens, mask)
     quantizes = packed.scheme.quantizes_activations
+    head = original.head()
     record = EvaluateRecord(
         release=release,
         model=model_name,
@@ -151,6 +159,11 @@ def evaluate(
         **{"rounded": None} | {name: found.quality() for name, found in tallies.items()},
         **against_original(original, original_hidden, chains["quantized"].hidden, tokens, mask),
         block_mse=[{name: chain.errors[index] for name, chain in chains.items()} for index in range(original.blocks)],
+        reference_text=ReferenceText(
+            tokens=text,
+            log_probabilities=log_probabilities(head, chains["quantized"].hidden, text),
+            weights_alone=None if alone is None else log_probabilities(head, alone, text),
+        ),
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_memory_bytes(),
         device=device,

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant import deploy
+from requant import smoke
 from requant.config import Deploy, Target
+from requant.engine_client import ask_all, client_of
 from requant.engines import serve_at
 from requant.errors import RequantError
 from requant.gate import close
 from requant.jobs import progress
 from requant.records import CutAnswer, KeepList, LoadTestRecord, write_json
+from requant.replay import TIE_TEXT, Served, agreement_of, disagreements, replay
+from requant.served_copy import make_greedy, temporary_folder, why_decoded
 from requant.serving import Server, unwinding_on_sigterm
+from requant.smoke_texts import choose_prompts, heldout_tokens
 
 if TYPE_CHECKING:
-    import torch
 
     from requant.packed import PackedCheckpoint
     from requant.streamed import StreamedModel
@@ -40,22 +43,6 @@ class Cut:
     blocks_dir: Path
     blocks: int
     keep: KeepList | None = None
-
-
-@dataclass(frozen=True)
-class AsServed:
-    """A checkpoint's chain that rounds activations where the engine does: where it computes in the packed format."""
-
-    model: "StreamedModel"
-    rounds: bool
-
-    @property
-    def blocks(self) -> int:
-        return self.model.blocks
-
-    def logits_of(self, tokens: "torch.Tensor", skip_block: int | None = None) -> "torch.Tensor":
-        """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
-        return self.model.logits_of(tokens, self.rounds, skip_block)
 
 
 def load_test(
@@ -103,21 +90,22 @@ def _tested(
 
     started = time.monotonic()
     torch.set_num_threads(threads)
-    with unwinding_on_sigterm(), deploy.temporary_folder(folder) as scratch:
+    with unwinding_on_sigterm(), temporary_folder(folder) as scratch:
         pack_first(cut.source, cut.scheme, cut.blocks_dir, cut.blocks, scratch / "cut", cut.keep)
         checkpoint = PackedCheckpoint(scratch / "cut")
         moe_blocks = len(expert_counts(checkpoint.index, cut.blocks))
-        reason = deploy.why_decoded(checkpoint.scheme.format, moe_blocks > 0, target)
+        reason = why_decoded(checkpoint.scheme.format, moe_blocks > 0, target)
         server, served, refusal = _serve_and_ask(
             cut, checkpoint, reason is not None, tokens, settings, target, scratch, server_log, threads
         )
         progress(f"{cut.release}: replaying {sum(len(answer.steps) for answer in served)} tokens of the cut")
         rounds = reason is None and checkpoint.scheme.quantizes_activations and target.engine != "transformers"
-        own = AsServed(StreamedModel(checkpoint), rounds)
-        deploy.replay(own, checkpoint.tokenizer(), served)
-        agreement = deploy.agreement_of(served)
+        own = StreamedModel(checkpoint, quantize_activations=rounds)
+        replay(own, checkpoint.tokenizer(), served)
+        agreement = agreement_of(served)
         if agreement < settings.agreement:
-            raise RequantError(deploy.wrong_model(cut.release, served, agreement, settings.agreement))
+            verdict, _, _ = smoke.greedy(served, settings.agreement, lambda: ("", 1.0))
+            raise RequantError(f"{verdict.found}; expected {verdict.expected}: the engine serves another model")
         control, control_agreement = find_control(own, served, settings.agreement)
     if control is None:
         progress(f"{cut.release}: warning: these answers do not depend on any one of the blocks: they show no more")
@@ -146,7 +134,7 @@ def _tested(
         tokens=sum(len(answer.agrees) for answer in served),
         agreement=agreement,
         agreement_limit=settings.agreement,
-        agreement_rule=deploy.TIE_TEXT,
+        agreement_rule=TIE_TEXT,
         control=control,
         control_agreement=control_agreement,
         other_model_status=refusal,
@@ -165,7 +153,7 @@ def _serve_and_ask(
     scratch: Path,
     server_log: Path,
     threads: int,
-) -> tuple[Server, list[deploy.Served], int]:
+) -> tuple[Server, list[Served], int]:
     """(the server, by now stopped; its answers; its status for a request that names another model)."""
     from requant.packed import write_decoded
 
@@ -174,18 +162,24 @@ def _serve_and_ask(
         model = scratch / "decoded"
         progress(f"{cut.release}: decoding {_named(cut)} to BF16")
         write_decoded(checkpoint.directory, model)
-    deploy.make_greedy(model)
+    make_greedy(model)
     tokenizer = checkpoint.tokenizer()
-    heldout = deploy.heldout_tokens(tokens)
-    prompts = deploy.choose_prompts(tokenizer, heldout, settings.prompts, settings.prompt_tokens)
+    heldout = heldout_tokens(tokens)
+    prompts = choose_prompts(tokenizer, heldout, settings.prompts, settings.prompt_tokens)
     progress(f"{cut.release}: starting the engine with {_named(cut)} (log: {server_log})")
     with serve_at(target, model, server_log, threads) as server:
         progress(f"{cut.release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
-        served = deploy.ask_all(cut.release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
-        return server, served, deploy.refused_status(cut.release, server, target.request_seconds)
+        served = ask_all(cut.release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
+        with client_of(server, target.request_seconds) as client:
+            verdict, status = smoke.wrong_model_name(client, server.model, target.engine)
+        if verdict.verdict == "failed":
+            raise RequantError(
+                f"{verdict.found}; expected {verdict.expected}: the engine serves more than it was given"
+            )
+        return server, served, status
 
 
-def find_control(model: AsServed, served: list[deploy.Served], limit: float) -> tuple[str | None, float]:
+def find_control(model: "StreamedModel", served: list[Served], limit: float) -> tuple[str | None, float]:
     """(what was left out, agreement without it) of a chain that the answers tell from the cut's, else (None, lowest).
 
     So few blocks may answer the same whichever of them is left out: that is no fault of the build, but it has to be
@@ -194,7 +188,7 @@ def find_control(model: AsServed, served: list[deploy.Served], limit: float) -> 
     tokens = sum(len(answer.ids) for answer in served)
     lowest = 1.0
     for block in range(model.blocks):
-        agreement = 1 - sum(deploy.disagreements(model, served, skip_block=block)) / max(tokens, 1)
+        agreement = 1 - sum(disagreements(model, served, skip_block=block)) / max(tokens, 1)
         if agreement < limit:
             return f"without block {block}", agreement
         lowest = min(lowest, agreement)

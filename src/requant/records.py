@@ -258,6 +258,19 @@ class ModelQuality(Record):
     top1_agreement: float = Field(description="part of the tokens whose most likely next token is the source's")
 
 
+class ReferenceText(Record):
+    """The beginning of the held-out tokens, and what the release makes of it: rows of one text, nats."""
+
+    tokens: list[list[int]]
+    log_probabilities: list[list[float]] = Field(
+        description="of each token of a row but the first, given those before it, as the release was evaluated"
+    )
+    weights_alone: list[list[float]] | None = Field(
+        description="the same with activations in BF16, as an engine has them that is given decoded weights; null "
+        "where the evaluation has them so"
+    )
+
+
 class EvaluateRecord(StageRecord):
     """results/{release}/evaluate.json: on the held-out tokens."""
 
@@ -280,6 +293,7 @@ class EvaluateRecord(StageRecord):
     block_mse: list[dict[str, float]] = Field(
         description="by block: mean squared error of the hidden states, `quantized` and, where there is one, `rounded`"
     )
+    reference_text: ReferenceText
     seconds: float
     peak_memory_bytes: int
     device: str = "cpu"
@@ -310,6 +324,29 @@ class Answer(Record):
     source_answer_differs: bool = Field(description="the source model would have chosen another token somewhere")
 
 
+class Check(Record):
+    """One check of the smoke test. What it found is the same whenever the same engine serves the same weights."""
+
+    name: str
+    verdict: Literal["passed", "failed", "not applicable"]
+    reason: str | None = Field(None, description="why it is not applicable")
+    found: str | None = None
+    expected: str | None = None
+
+
+class FailedDeployRecord(StageRecord):
+    """results/{release}/deploy.failed.json: a smoke test that failed; gone once one passes."""
+
+    release: str
+    target: str
+    engine: str
+    engine_version: str
+    command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
+    environment: dict[str, str]
+    checks: list[Check]
+    verdict: Literal["failed"] = "failed"
+
+
 class DeployRecord(StageRecord):
     """results/{release}/deploy.json"""
 
@@ -329,7 +366,8 @@ class DeployRecord(StageRecord):
     agreement_rule: str = Field(description="when a token counts as agreeing")
     control: str = Field(description="what was left out of the control's chain")
     control_agreement: float = Field(description="the same of a chain with one block's weights left out: must be lower")
-    other_model_status: int = Field(description="HTTP status for a request that names another model: refused")
+    other_model_status: int = Field(description="HTTP status for a request that names another model")
+    checks: list[Check] = Field(description="all of them, in the order of docs/smoke-test.md")
     verdict: Literal["passed"]
     seconds: float
 
@@ -367,6 +405,46 @@ class LoadTestRecord(StageRecord):
     control_agreement: float = Field(description="of that chain, or the lowest of all that were tried")
     other_model_status: int = Field(description="HTTP status for a request that names another model: refused")
     verdict: Literal["passed"]
+    seconds: float
+
+
+class Spread(Record):
+    median: float
+    lowest: float
+    highest: float
+
+
+class ThroughputLevel(Record):
+    """So many requests at a time, again and again."""
+
+    concurrency: int
+    requests: int = Field(description="that were measured")
+    prompt_tokens: Spread = Field(description="as the engine counted them")
+    tokens: Spread = Field(description="written, a request")
+    first_token_seconds: Spread = Field(description="from sending a request to its first text")
+    decode_tokens_per_second: Spread | None = Field(
+        description="of one request, behind its first text; null where no answer has a second token"
+    )
+    total_tokens_per_second: Spread = Field(
+        description="tokens of all requests of a repeat over its time, prompts included"
+    )
+
+
+class ThroughputRecord(StageRecord):
+    """results/{release}/throughput.json: of the engine that the smoke test passed on, asked right after it."""
+
+    release: str
+    target: str
+    engine: str
+    engine_version: str
+    command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
+    weights: str = Field(description="what was served")
+    threads: int = Field(description="of the engine, on a CPU")
+    machine: dict[str, Any] = Field(description="system, architecture, cpu, gpus")
+    repeats: int
+    warmup: int = Field(description="repeats before those, thrown away")
+    max_tokens: int
+    levels: list[ThroughputLevel]
     seconds: float
 
 

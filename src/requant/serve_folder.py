@@ -10,10 +10,10 @@ from typing import Any
 from requant.architecture import expert_counts
 from requant.checkpoint import Checkpoint
 from requant.config import Target
-from requant.served_copy import why_decoded
 from requant.engine_command import LOOPBACK, check_quantization, docker_command, engine_command, quantization_of
 from requant.errors import RequantError
 from requant.schemes import SCHEMES, Scheme, scheme_of
+from requant.served_copy import why_decoded
 from requant.targets import family_problem, holds_packed, shortage, unsupported, wanted_context
 
 COMPUTES = False  # it serves for people; the deploy stage has its own way to the engine

@@ -24,8 +24,19 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 class StreamedModel:
     """A causal language model whose blocks are read when they are run, on `device`; hidden states stay with the CPU."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu"):
-        self.checkpoint, self.device = checkpoint, torch.device(device)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        quantize_activations: bool = False,
+    ):
+        """dtype: of all arithmetic. In float32 the same BF16 weights are run with next to no rounding.
+
+        quantize_activations: what `stream` and `logits_of` do with the inputs of quantized Linears if they aren't told.
+        """
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.quantize_activations = quantize_activations
         prepare_device(self.device)
         self.blocks = block_count(checkpoint.config)
         self.empty = empty_model(checkpoint.config)
@@ -56,16 +67,17 @@ class StreamedModel:
 
     def placed(self, block: nn.Module) -> nn.Module:
         """A complete block, ready to run on `device`."""
-        block = block.to(self.device)
+        block = block.to(self.device) if self.dtype == torch.bfloat16 else block.to(self.device, self.dtype)
         return group(block) if self.device.type == "cuda" else block
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int [n, T] -> hidden states BF16 [n, T, width]."""
-        return nn.functional.embedding(tokens.long(), self.checkpoint.read([EMBEDDING])[EMBEDDING].to(torch.bfloat16))
+        """tokens int [n, T] -> hidden states [n, T, width]."""
+        table = self.checkpoint.read([EMBEDDING])[EMBEDDING].to(torch.bfloat16)
+        return nn.functional.embedding(tokens.long(), table).to(self.dtype)
 
     def positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotary cosines and sines of positions 0..length-1, BF16 [1, length, rotary width]."""
-        cosines, sines = self.rotary(torch.empty(1, dtype=torch.bfloat16), torch.arange(length)[None])
+        """Rotary cosines and sines of positions 0..length-1, [1, length, rotary width]."""
+        cosines, sines = self.rotary(torch.empty(1, dtype=self.dtype), torch.arange(length)[None])
         return cosines.detach(), sines.detach()
 
     @torch.no_grad()
@@ -83,8 +95,10 @@ class StreamedModel:
 
     def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The final norm and the output matrix, as a function of hidden states: float32 logits on `device`."""
-        matrix = self.checkpoint.read([self._head_name()])[self._head_name()].to(self.device, torch.bfloat16)
-        norm = self._norm().to(self.device)
+        matrix = (
+            self.checkpoint.read([self._head_name()])[self._head_name()].to(self.device, torch.bfloat16).to(self.dtype)
+        )
+        norm = self._norm().to(self.device, self.dtype)
 
         @torch.no_grad()
         def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -93,9 +107,11 @@ class StreamedModel:
         return logits
 
     def stream(
-        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Hidden states after the embedding and after each block; a skipped block hands its input on."""
+        if quantize_activations is None:
+            quantize_activations = self.quantize_activations
         hidden = self.embed(tokens)
         yield hidden
         for index in range(self.blocks):
@@ -104,7 +120,7 @@ class StreamedModel:
             yield hidden
 
     def logits_of(
-        self, tokens: torch.Tensor, quantize_activations: bool = False, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
     ) -> torch.Tensor:
         """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
         *_, hidden = self.stream(tokens, quantize_activations, skip_block)

@@ -10,13 +10,14 @@ import tiny
 import torch
 from test_verify import make_release
 
-from requant import deploy, gate
+from requant import gate
 from requant.checkpoint import Checkpoint
 from requant.config import Deploy, Target
 from requant.errors import RequantError
-from requant.load_test import AsServed, Cut, find_control, load_test
+from requant.load_test import Cut, find_control, load_test
 from requant.packed import PackedCheckpoint
 from requant.records import LoadTestRecord, read_json
+from requant.replay import Served
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 
@@ -124,11 +125,12 @@ def test_the_next_build_begins_with_an_open_gate(tmp_path):
 
 
 def test_activations_are_rounded_for_an_engine_that_computes_in_the_format(made):
-    model = StreamedModel(PackedCheckpoint(made / "model"))
+    checkpoint = PackedCheckpoint(made / "model")
     tokens = torch.randint(3, 320, (2, 12), generator=torch.Generator().manual_seed(0))
-    plain, rounded = (AsServed(model, rounds).logits_of(tokens, skip_block=0) for rounds in (False, True))
-    assert torch.equal(plain, model.logits_of(tokens, skip_block=0)) and not torch.equal(plain, rounded)
-    assert torch.equal(rounded, model.logits_of(tokens, quantize_activations=True, skip_block=0))
+    models = [StreamedModel(checkpoint, quantize_activations=rounds) for rounds in (False, True)]
+    plain, rounded = (model.logits_of(tokens, skip_block=0) for model in models)
+    assert not torch.equal(plain, rounded)
+    assert torch.equal(rounded, models[0].logits_of(tokens, quantize_activations=True, skip_block=0))
 
 
 def test_answers_that_no_block_can_be_told_from_are_said_to_be_so():
@@ -140,5 +142,5 @@ def test_answers_that_no_block_can_be_told_from_are_said_to_be_so():
         def logits_of(self, tokens, skip_block=None):
             return torch.nn.functional.one_hot(tokens.roll(-1, dims=1), 10).float()
 
-    served = [deploy.Served("p", [1, 2], ["a", "ab"], ids=[3, 4], agrees=[True, True])]
+    served = [Served("p", [1, 2], ["a", "ab"], ids=[3, 4], agrees=[True, True])]
     assert find_control(Deaf(), served, 0.95) == (None, 1.0)
