@@ -82,8 +82,8 @@ def test_the_first_blocks_are_served_and_shown_to_be_themselves(made, tmp_path):
 
 def test_an_engine_that_forgets_the_global_scale_of_experts_is_found(made, tmp_path, monkeypatch):
     """transformers reads such checkpoints wrong without a word, and answers: which is why they are decoded for it."""
-    monkeypatch.setattr(deploy, "why_decoded", lambda *_: None)
-    with refused(tmp_path, "served tokens are what the packed checkpoint itself would choose"):
+    monkeypatch.setattr("requant.load_test.why_decoded", lambda *_: None)
+    with refused(tmp_path, "of the served tokens or more are this checkpoint's own choice"):
         run_test(made, tmp_path)
     assert "running on http://127.0.0.1" in (tmp_path / "engine.log").read_text(), "it loaded and served"
 
