@@ -67,19 +67,28 @@ def choose_texts(
 
 def _long_text(tokenizer: Any, heldout: "torch.Tensor", length: int) -> str:
     """Held-out text of `length` tokens at most, read anew by the tokenizer."""
-    ids = [token for token in heldout.flatten().tolist() if token >= 0]
-    ids = (ids * (length // len(ids) + 1))[:length]
-    while len(ids) > 1 and len(tokenizer(text := _text(tokenizer, ids))["input_ids"]) > length:
-        ids = ids[: len(ids) * 9 // 10]
-    return text
+    ids = _repeated(heldout, length)
+    while len(ids) > 1 and _count(tokenizer, _text(tokenizer, ids)) > length:
+        ids = ids[: len(ids) * 19 // 20]
+    return _text(tokenizer, ids)
 
 
 def _overlong_text(tokenizer: Any, heldout: "torch.Tensor", context: int) -> str:
     """Held-out text of more than `context` tokens."""
+    ids = _repeated(heldout, context + 1)
+    while _count(tokenizer, _text(tokenizer, ids)) <= context:
+        ids += _repeated(heldout, context // 8 + 8)
+    return _text(tokenizer, ids)
+
+
+def _repeated(heldout: "torch.Tensor", length: int) -> list[int]:
+    """The first `length` held-out tokens, from the beginning again where there are fewer."""
     ids = [token for token in heldout.flatten().tolist() if token >= 0]
-    text = _text(tokenizer, ids)
-    read = len(tokenizer(text)["input_ids"])
-    return text * (context // max(read - 1, 1) + 2)
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:

@@ -252,6 +252,7 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "rounded": quality(2, 0.03127 + 0.02 * seed, 0.00091),
             "quantized": quality(1, 0.01913 + 0.015 * seed, 0.00053),
             "block_mse": [{"rounded": 2.3e-6 * 7**b, "quantized": 1.7e-6 * 6.5**b} for b in range(blocks)],
+            "reference_text": {"tokens": [[5, 7]], "log_probabilities": [[-1.3]], "weights_alone": [[-1.2]]},
             "seconds": 8.83,
             "peak_memory_bytes": 1_017_000_000,
         },
@@ -286,6 +287,10 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "agreement_rule": "within 2^-7 |l| of the best logit l",
             "control": "block 3 left out",
             "other_model_status": 400,
+            "checks": [
+                {"name": "greedy", "verdict": "passed", "found": "0.992 of 127", "expected": "0.97"},
+                {"name": "stop_sequences", "verdict": "not applicable", "reason": "no answer to stop"},
+            ],
             "verdict": "passed",
             "seconds": 19.37,
         },

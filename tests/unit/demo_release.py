@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -94,11 +93,12 @@ def make_release(scheme: str, folder: Path, rows: int = 16) -> DemoRelease:
 
 
 def reference_text(packed: PackedCheckpoint, text: list[list[int]]) -> ReferenceText:
-    """What evaluation would say of `text`: rows of one length."""
-    found = {}
+    """What evaluation would say of `text`."""
+    found, longest = {}, max(map(len, text))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in text])
     for rounds in (True, False):
         model = StreamedModel(packed, quantize_activations=rounds)
-        *_, hidden = model.stream(torch.tensor(text))
+        *_, hidden = model.stream(tokens)
         found[rounds] = log_probabilities(model.head(), hidden, text)
     alone = found[False] if packed.scheme.quantizes_activations else None
     return ReferenceText(tokens=text, log_probabilities=found[True], weights_alone=alone)

@@ -13,15 +13,20 @@ from pathlib import Path
 import pytest
 import tiny_checkpoint as tiny
 import torch
+from demo_release import evaluate_record, reference_text
 from safetensors.torch import load_file
 
-from requant import deploy, served_copy, serving
-from requant.config import Deploy, Target
+from requant import deploy, served_copy, serving, smoke
+from requant.config import Deploy, Target, Throughput
+from requant.engine_client import ask_all
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.packed import PackedCheckpoint, write_decoded
-from requant.records import DeployRecord, read_json, write_json
+from requant.records import DeployRecord, ThroughputRecord, read_json, write_json
+from requant.reference_text import RECORDED, first_rows
+from requant.replay import Served, agreement_of, choose_control, replay
 from requant.safetensors_io import save
+from requant.smoke_texts import choose_prompts
 from requant.streamed import StreamedModel
 
 # A stand-in for the engine where only starting and stopping is tested: it takes the same arguments.
@@ -56,20 +61,20 @@ def packed(folder, source) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder, packed) -> list[deploy.Served]:
+def served(folder, packed) -> list[Served]:
     """Answers of the real engine, serving the decoded weights of `packed`."""
     write_decoded(packed, folder / "decoded")
     tokenizer = PackedCheckpoint(packed).tokenizer()
-    prompts = deploy.choose_prompts(tokenizer, tiny.heldout(), 8, 16)
+    prompts = choose_prompts(tokenizer, tiny.heldout(), 8, 16)
     with serving.serve(folder / "decoded", folder / "served.log") as server:
-        return deploy.ask_all("tiny", server, tokenizer, prompts, 12, 30)
+        return ask_all("tiny", server, tokenizer, prompts, 12, 30)
 
 
-def replayed(served: list[deploy.Served], checkpoint: Path) -> list[deploy.Served]:
+def replayed(served: list[Served], checkpoint: Path) -> list[Served]:
     """Copies of `served`, judged by the chain of `checkpoint`."""
-    fresh = [deploy.Served(answer.prompt, answer.prompt_ids, answer.steps) for answer in served]
+    fresh = [Served(answer.prompt, answer.prompt_ids, answer.steps) for answer in served]
     packed = PackedCheckpoint(checkpoint)
-    deploy.replay(StreamedModel(packed), packed.tokenizer(), fresh)
+    replay(StreamedModel(packed), packed.tokenizer(), fresh)
     return fresh
 
 
@@ -114,21 +119,35 @@ def test_a_release_is_served_and_shown_to_be_itself(tmp_path, source, packed):
         {"heldout": tiny.heldout(), "heldout_mask": torch.ones(12, 48).byte()},
     )
     write_json(tmp_path / "pack.json", tiny.pack_record(packed))
+    text = first_rows(tiny.heldout(), None, RECORDED)
+    write_json(tmp_path / "evaluate.json", evaluate_record(reference_text(PackedCheckpoint(packed), text)))
     out = tmp_path / "deploy.json"
+    (tmp_path / "deploy.failed.json").write_text("of an earlier run")
     deploy.smoke_test(
         "tiny",
         source,
         packed,
         tmp_path / "pack.json",
+        tmp_path / "evaluate.json",
         tmp_path / "tokens.safetensors",
-        Deploy(prompts=4, max_tokens=8),
+        Deploy(prompts=4, max_tokens=8, throughput=Throughput(concurrency=[2, 1], max_tokens=4, repeats=2)),
         Target(),
         tmp_path / "served",
         tmp_path / "server.log",
         1,
         out,
+        tmp_path / "throughput.json",
     )
     record = read_json(out, DeployRecord)
+    assert [check.name for check in record.checks] == list(smoke.ALL)
+    assert {check.verdict for check in record.checks if check.name not in (smoke.STOP,)} == {"passed"}
+    assert not (tmp_path / "deploy.failed.json").exists()
+    speed = read_json(tmp_path / "throughput.json", ThroughputRecord)
+    assert [(level.concurrency, level.requests) for level in speed.levels] == [(1, 2), (2, 4)]
+    assert speed.repeats == 2 and speed.machine["system"] and speed.command == record.command
+    for level in speed.levels:
+        assert 0 < level.first_token_seconds.lowest <= level.first_token_seconds.median
+        assert 0 < level.total_tokens_per_second.median <= level.total_tokens_per_second.highest
     assert record.agreement == 1.0
     assert record.control_agreement < 0.9
     assert record.tokens == sum(answer.tokens for answer in record.answers) >= 4 * 4
@@ -154,7 +173,7 @@ def test_the_reason_for_decoding_fits_the_model():
 
 def test_every_served_token_is_the_chains_own(served, packed):
     answers = replayed(served, packed)
-    assert deploy.agreement_of(answers) == 1.0
+    assert agreement_of(answers) == 1.0
     assert all(answer.ids for answer in answers)
     tokenizer = PackedCheckpoint(packed).tokenizer()
     for answer in answers:
@@ -168,16 +187,16 @@ def test_one_doubled_global_scale_is_found(tmp_path, served, packed, tensor):
     for path in packed.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save(tmp_path / "model.safetensors", tensors)
-    assert deploy.agreement_of(replayed(served, tmp_path)) < Deploy().agreement
+    assert agreement_of(replayed(served, tmp_path)) < Deploy().agreement
 
 
 def test_another_checkpoint_is_found_and_named(tmp_path, served):
     other = tiny.make_packed(tiny.make_source(tmp_path / "source", seed=1), tmp_path / "packed")
     answers = replayed(served, other)
-    agreement = deploy.agreement_of(answers)
+    agreement = agreement_of(answers)
     assert agreement < 0.5
-    message = deploy.wrong_model("tiny", answers, agreement, 0.97)
-    assert "tiny" in message and f"{agreement:.3f}" in message and "0.97" in message and "\n" not in message
+    check, _, _ = smoke.greedy(answers, 0.97, lambda: pytest.fail("no control is asked for"))
+    assert check.verdict == "failed" and f"{agreement:.3f}" in check.found and "0.97" in check.expected
 
 
 def test_a_packed_file_changed_after_packing_is_named(tmp_path, packed):
@@ -201,12 +220,12 @@ def test_a_test_that_cannot_tell_says_that_it_is_blind(served, packed):
             return StreamedModel(PackedCheckpoint(packed)).logits_of(tokens)
 
     with pytest.raises(RequantError, match="the test is blind"):
-        deploy.choose_control("tiny", Deaf(), replayed(served, packed), 0.97)
+        choose_control("tiny", Deaf(), replayed(served, packed), 0.97)
 
 
 def test_prompts_come_back_as_the_tokens_they_were():
     tokenizer = tiny.tiny_tokenizer()
-    prompts = deploy.choose_prompts(tokenizer, tiny.heldout(), 8, 16)
+    prompts = choose_prompts(tokenizer, tiny.heldout(), 8, 16)
     rows = [" ".join(map(str, row)) for row in tiny.heldout().tolist()]
     assert len(set(prompts)) == 8
     for prompt in prompts:
@@ -218,9 +237,9 @@ def test_padding_is_no_prompt():
     tokenizer = tiny.tiny_tokenizer()
     ids = tokenizer("the cat sat on a mat")["input_ids"]
     heldout = torch.tensor([ids + [-1] * 20, [-1] * (len(ids) + 20)])
-    assert deploy.choose_prompts(tokenizer, heldout, 3, 16) == ["the cat sat on"]
+    assert choose_prompts(tokenizer, heldout, 3, 16) == ["the cat sat on"]
     with pytest.raises(RequantError, match="none of 0 documents"):
-        deploy.choose_prompts(tokenizer, heldout[1:], 3, 16)
+        choose_prompts(tokenizer, heldout[1:], 3, 16)
 
 
 def test_sampling_settings_of_the_checkpoint_are_left_out(tmp_path):

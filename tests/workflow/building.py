@@ -56,6 +56,7 @@ CONFIG = {
     },
     "build": ["ds-nvfp4", "ds-w3a16", "qw-w3a16", "ll-nvfp4"],
 }
+BRIEF = {"concurrency": [1, 2], "max_tokens": 3, "repeats": 1, "warmup": 0}  # throughput, where speed is no matter
 MODELS = {"ds": "deepseek_v3", "qw": "qwen3_moe", "ll": "llama"}
 
 
@@ -125,7 +126,7 @@ def lay_out(directory: Path, models: tuple[str, ...] = tuple(MODELS), iters: int
     releases = {name: dict(r) for name, r in CONFIG["releases"].items() if r["model"] in models}
     for release in releases.values():
         release["tuning"] = {"iters": iters, "batch_size": 4}
-        release["deploy"] = {"prompts": 2, "prompt_tokens": 12, "max_tokens": 4}
+        release["deploy"] = {"prompts": 2, "prompt_tokens": 12, "max_tokens": 4, "throughput": BRIEF}
     data = CONFIG | {
         "models": {name: CONFIG["models"][name] for name in models},
         "releases": releases,
