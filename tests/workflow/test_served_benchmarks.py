@@ -55,6 +55,6 @@ def test_programs_of_a_model_need_a_sandbox_before_anything_runs(asked, monkeypa
     build.configure(lambda data: data.update(sandbox={"backend": "docker"}))
     target = "results/ll-nvfp4/served_benchmarks/humaneval.json"
     done = build.run(target, check=False)
-    assert done.returncode != 0 and "error: sandbox: " in done.stderr
+    assert done.returncode != 0 and "error: docker: " in done.stderr
     planned = build.run(target, "-n")
-    assert "warning: sandbox: " in planned.stderr
+    assert "warning: docker: " in planned.stderr
