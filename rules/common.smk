@@ -612,8 +612,8 @@ def load_test_blocks(release):
 
 def first_blocks(wildcards):
     """The blocks of the load test, if its engine can be started."""
-    release, target = wildcards.release, release_of(wildcards).deploy.target
-    or_stop(check_deployable, release, target, CONFIG.targets[target])
+    release = wildcards.release
+    engine_can_start(release)
     or_stop(check_load_test, release, load_test_blocks(release))
     return files_of_blocks(wildcards, range(load_test_blocks(release)))
 
@@ -706,14 +706,20 @@ def demo_documents(wildcards):
 
 
 def files_to_serve(wildcards):
-    """`packed_files`, if the deploy stage can start the engine of the release's target.
+    """`packed_files`, if the deploy stage can start the engine of the release's target."""
+    engine_can_start(wildcards.release)
+    return packed_files(wildcards)
+
+
+@cache
+def engine_can_start(release):
+    """Stops a build on a machine that lacks what the target of a release needs.
 
     What this machine has says nothing of the one that a cluster's job will run on, nor of a release that was served.
     """
-    name = release_of(wildcards).deploy.target
-    if workflow.local_exec and not Path(f"results/{wildcards.release}/deploy.json").exists():
-        or_warn(check_here, wildcards.release, name, CONFIG.targets[name])
-    return packed_files(wildcards)
+    name = CONFIG.releases[release].deploy.target
+    if workflow.local_exec and not Path(f"results/{release}/deploy.json").exists():
+        or_warn(check_here, release, name, CONFIG.targets[name])
 
 
 def deploy_config(wildcards):

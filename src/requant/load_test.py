@@ -24,7 +24,6 @@ from requant.serving import Server, unwinding_on_sigterm
 from requant.smoke_texts import choose_prompts, heldout_tokens
 
 if TYPE_CHECKING:
-
     from requant.packed import PackedCheckpoint
     from requant.streamed import StreamedModel
 
