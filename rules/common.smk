@@ -669,7 +669,8 @@ def as_left(release):
     wildcards = SimpleNamespace(release=release)
     model = f"results/{release}/model"
     own = [f"{model}/{name}" for name in ("config.json", INDEX, "README.md", "provenance.json")]
-    own += [f"results/{release}/{stage}.json" for stage in ("verify", "evaluate", "deploy", "benchmark")]
+    stages = ("verify", "evaluate", "deploy", "throughput", "benchmark")
+    own += [f"results/{release}/{stage}.json" for stage in stages]
     own += [*load_test_record(wildcards), *served_records(wildcards)]
     own += [*release_pictures(wildcards), *saliency_picture(wildcards)]
     workflow.dag.forcefiles.update(or_stop(gone, release, len(blocks_of(wildcards)), own))
@@ -955,9 +956,10 @@ def release_records(wildcards):
     """Every record that the card of a release reads."""
     own = [
         f"results/{wildcards.release}/{stage}.json"
-        for stage in ("pack", "verify", "evaluate", "deploy", "benchmark")
+        for stage in ("pack", "verify", "evaluate", "deploy", "throughput", "benchmark")
     ]
-    found = [*shared_records(wildcards), *block_records(wildcards), *own, *served_records(wildcards)]
+    own += [*load_test_record(wildcards), *served_records(wildcards)]
+    found = [*shared_records(wildcards), *block_records(wildcards), *own]
     return list(dict.fromkeys(found))
 
 
@@ -1083,6 +1085,8 @@ def card_subject(wildcards):
         "license": model.license,
         "configfiles": config_files(),
         "compare": comparisons(model_of(wildcards)) if model.prune else None,
+        "served": list(CONFIG.benchmarks[benchmark_of(wildcards)].served),
+        "load_test": bool(load_test_record(wildcards)),
     }
 
 

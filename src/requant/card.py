@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from requant import wording
+from requant import card_serving, wording
 from requant.errors import RequantError
 from requant.evidence import METHOD_TEXT, OBSERVE_TEXT, Evidence, kept_shares, load_evidence, rival_table
 from requant.provenance import Provenance
@@ -31,11 +31,14 @@ from requant.records import (
     DeployRecord,
     EvaluateRecord,
     KeepList,
+    LoadTestRecord,
     ModelQuality,
     PackRecord,
     RoutingRecord,
     Score,
+    ServedBenchmarkRecord,
     SourceRecord,
+    ThroughputRecord,
     VerifyRecord,
     read_json,
 )
@@ -57,6 +60,9 @@ class RecordPaths:
     verify: str
     evaluate: str
     deploy: str
+    throughput: str
+    load_test: str
+    served: list[str]
     benchmark: str
     source_benchmark: str
 
@@ -79,6 +85,9 @@ class ReleaseFacts:
     verify: VerifyRecord
     evaluate: EvaluateRecord
     deploy: DeployRecord
+    throughput: ThroughputRecord
+    load_test: LoadTestRecord | None
+    served: list[ServedBenchmarkRecord]
     benchmark: BenchmarkRecord
     source_benchmark: BenchmarkRecord
     pruning: Evidence | None = None
@@ -100,8 +109,10 @@ class Figures:
     saliency: dict[str, str] = field(default_factory=dict)
 
 
-def record_paths(release: str, model: str, source: str, calibration: str, blocks: int, benchmark: str) -> RecordPaths:
-    """The records of a release of `blocks` blocks; `source` has the files of `model`."""
+def record_paths(
+    release: str, model: str, source: str, calibration: str, blocks: int, benchmark: str, served: Sequence[str]
+) -> RecordPaths:
+    """The records of a release of `blocks` blocks; `source` has the files of `model`, `served` are benchmarks."""
     reference, made = f"results/reference/{model}", f"results/{release}"
     return RecordPaths(
         source=f"results/source/{source}/source.json",
@@ -112,6 +123,9 @@ def record_paths(release: str, model: str, source: str, calibration: str, blocks
         verify=f"{made}/verify.json",
         evaluate=f"{made}/evaluate.json",
         deploy=f"{made}/deploy.json",
+        throughput=f"{made}/throughput.json",
+        load_test=f"{made}/load_test.json",
+        served=[f"{made}/served_benchmarks/{name}.json" for name in served],
         benchmark=f"{made}/benchmark.json",
         source_benchmark=f"{reference}/benchmark/{benchmark}.json",
     )
@@ -129,16 +143,19 @@ def load_release(
     configfiles: Sequence[str] = (),
     source: str | None = None,
     compare: Sequence[str] | None = None,
+    served: Sequence[str] = (),
+    load_test: bool = False,
 ) -> ReleaseFacts:
     """Reads the records of one release of `model` from the build in `root`.
 
     `source` is the model that `model` is pruned from, itself if it is not pruned; `compare` are the models that a
     pruned one is held against.
+    `served` are the benchmarks of the served model; with `load_test` the first blocks were served by themselves.
     `blocks` counts decoder blocks; `base_model` is the model's hub name, `license` the hub's name of the
     licence of its weights; `configfiles` are those that --configfile gave to the build. Raises RequantError
     naming the file if a record is absent, lacks a field or contradicts another.
     """
-    paths = record_paths(release, model, source or model, calibration, blocks, benchmark)
+    paths = record_paths(release, model, source or model, calibration, blocks, benchmark, served)
     packed = read_json(root / paths.pack, PackRecord)
     quantized = SCHEMES[packed.scheme].quantizes
     facts = ReleaseFacts(
@@ -156,6 +173,9 @@ def load_release(
         verify=read_json(root / paths.verify, VerifyRecord),
         evaluate=read_json(root / paths.evaluate, EvaluateRecord),
         deploy=read_json(root / paths.deploy, DeployRecord),
+        throughput=read_json(root / paths.throughput, ThroughputRecord),
+        load_test=read_json(root / paths.load_test, LoadTestRecord) if load_test else None,
+        served=[read_json(root / path, ServedBenchmarkRecord) for path in paths.served],
         benchmark=read_json(root / paths.benchmark, BenchmarkRecord),
         source_benchmark=read_json(root / paths.source_benchmark, BenchmarkRecord),
         pruning=None if compare is None else load_evidence(root, model, compare, blocks, benchmark),
@@ -186,8 +206,11 @@ def _check_names(root: Path, facts: ReleaseFacts, model: str, source: str, calib
         _expect(root / path, "tokens_per_expert: entries", len(block.tokens_per_expert), experts)
         if not block.libraries:
             raise RequantError(f"{root / path}: libraries: empty; expected versions; delete it to rebuild")
-    for kind in ("pack", "verify", "evaluate", "deploy"):
+    for kind in ("pack", "verify", "evaluate", "deploy", "throughput", *(["load_test"] if facts.load_test else [])):
         _expect(root / getattr(paths, kind), "release", getattr(facts, kind).release, facts.name)
+    for path, record in zip(paths.served, facts.served, strict=True):
+        _expect(root / path, "release", record.release, facts.name)
+        _expect(root / path, "measured.subject", record.measured.subject, facts.name)
     _expect(root / paths.verify, "scheme", facts.verify.scheme, facts.pack.scheme)
     _expect(root / paths.pack, "model", facts.pack.model, model)
     for path, record, subject in (
@@ -404,6 +427,19 @@ class Stage(NamedTuple):
     path: str
 
 
+def _serving_stages(facts: ReleaseFacts) -> list[Stage]:
+    name, paths = facts.name, facts.paths
+    stages = [Stage(f"Deploy `{name}`", 1, facts.deploy.seconds, paths.deploy)]
+    if facts.load_test is not None:
+        stages.insert(0, Stage(f"Load test of `{name}`", 1, facts.load_test.seconds, paths.load_test))
+    if facts.served:
+        seconds = math.fsum(record.measured.seconds for record in facts.served)
+        stages.append(
+            Stage(f"Benchmarks of `{name}` as served", len(facts.served), seconds, wording.files(paths.served))
+        )
+    return stages
+
+
 def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
     """The stages that made `releases`, those that they share counted once."""
     stages: list[Stage] = []
@@ -444,7 +480,12 @@ def wall_time(releases: Sequence[ReleaseFacts]) -> list[Stage]:
             Stage(f"Pack `{name}`", 1, facts.pack.seconds, paths.pack),
             Stage(f"Verify `{name}`", 1, facts.verify.seconds, paths.verify),
             Stage(f"Evaluate `{name}`", 1, facts.evaluate.seconds, paths.evaluate),
-            Stage(f"Deploy `{name}`", 1, facts.deploy.seconds, paths.deploy),
+            *(
+                [Stage(f"Load test of `{name}`", 1, facts.load_test.seconds, paths.load_test)]
+                if facts.load_test
+                else []
+            ),
+            *_serving_stages(facts),
             Stage(f"Benchmark `{name}`", 1, facts.benchmark.seconds, paths.benchmark),
         ]
     return list({stage.path: stage for stage in stages}.values())
@@ -568,13 +609,6 @@ def observe_text(keep: KeepList) -> str:
     return OBSERVE_TEXT[keep.observe]
 
 
-def shell_command(deploy: DeployRecord) -> str:
-    """The served command as a shell reads it, {model} and {port} left as they are."""
-    words = [f"{key}={shlex.quote(value)}" for key, value in sorted(deploy.environment.items())]
-    words += [word if word.startswith("{") else shlex.quote(word) for word in deploy.command]
-    return " ".join(words)
-
-
 def rebuild_command(facts: ReleaseFacts) -> str:
     """What makes the files of a release again; --configfile comes last, since it takes all words after it."""
     words = ["snakemake", "--cores", "all", facts.paths.pack]
@@ -622,10 +656,10 @@ _FILTERS = (
     wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
-    scheme_text, weight_bits, made, stored_as, shell_command, rebuild_command, linear_table, tuning_table, lowered,
+    scheme_text, weight_bits, made, stored_as, rebuild_command, linear_table, tuning_table, lowered,
     tuned, tuning_effect, pruned_models, kept_shares, rival_table, variant_table, method_text, observe_text,
     expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
-    calibrations, sources,
+    calibrations, sources, *card_serving.FILTERS,
 )  # fmt: skip
 
 

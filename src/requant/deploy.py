@@ -117,6 +117,7 @@ def smoke_test(
     record = DeployRecord(
         **shared,
         environment=server.environment,
+        container=server.container,
         weights=weights,
         why_decoded=reason,
         startup_seconds=server.startup_seconds,

@@ -117,6 +117,7 @@ def _tested(
         engine_version=server.version,
         command=server.command,
         environment=server.environment,
+        container=server.container,
         weights="the packed blocks as they are" if reason is None else "decoded to BF16",
         why_decoded=reason,
         startup_seconds=server.startup_seconds,

@@ -356,6 +356,9 @@ class DeployRecord(StageRecord):
     engine_version: str
     command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
     environment: dict[str, str]
+    container: dict[str, Any] | None = Field(
+        None, description="what was asked of Docker, and the image's id and digests; null for a program"
+    )
     weights: str = Field(description="what was served: decoded to BF16, or the packed checkpoint as it is")
     why_decoded: str | None
     startup_seconds: float
@@ -391,6 +394,9 @@ class LoadTestRecord(StageRecord):
     engine_version: str
     command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
     environment: dict[str, str]
+    container: dict[str, Any] | None = Field(
+        None, description="what was asked of Docker, and the image's id and digests; null for a program"
+    )
     weights: str = Field(description="what was served: decoded to BF16, or the packed blocks as they are")
     why_decoded: str | None
     startup_seconds: float

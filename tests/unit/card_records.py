@@ -52,6 +52,125 @@ def score(task: str, value: float, stderr: float | None, higher: bool = True) ->
     }
 
 
+def throughput(release: str) -> dict:
+    def spread(middle: float) -> dict:
+        return {"median": middle, "lowest": 0.83 * middle, "highest": 1.19 * middle}
+
+    levels = [
+        {
+            "concurrency": concurrency,
+            "requests": 3 * concurrency,
+            "prompt_tokens": {"median": 31.0, "lowest": 31.0, "highest": 31.0},
+            "tokens": spread(29.0),
+            "first_token_seconds": spread(0.0437 * concurrency),
+            "decode_tokens_per_second": spread(61.7 / concurrency) if concurrency > 1 else None,
+            "total_tokens_per_second": spread(57.3),
+        }
+        for concurrency in (1, 4)
+    ]
+    return {
+        "release": release,
+        "target": "cpu-transformers",
+        "engine": "transformers",
+        "engine_version": "5.23.0",
+        "command": ["transformers", "serve", "{model}", "--host", "127.0.0.1", "--port", "8101"],
+        "weights": "decoded to BF16",
+        "threads": 1,
+        "machine": MACHINE.model_dump(),
+        "repeats": 3,
+        "warmup": 1,
+        "max_tokens": 32,
+        "levels": levels,
+        "seconds": 7.9,
+    }
+
+
+def load_test(release: str) -> dict:
+    """The record of the first blocks, served by themselves."""
+    return {
+        "release": release,
+        "target": "cpu-transformers",
+        "blocks": 2,
+        "moe_blocks": 1,
+        "engine": "transformers",
+        "engine_version": "5.23.0",
+        "command": ["transformers", "serve", "{model}", "--host", "127.0.0.1", "--port", "8101"],
+        "environment": {"OMP_NUM_THREADS": "1"},
+        "weights": "decoded to BF16",
+        "why_decoded": None,
+        "startup_seconds": 8.9,
+        "answers": [],
+        "tokens": 63,
+        "agreement": 0.9841,
+        "agreement_limit": 0.95,
+        "agreement_rule": "within 2^-7 |l| of the best logit l",
+        "control": "without block 0",
+        "control_agreement": 0.211,
+        "other_model_status": 400,
+        "verdict": "passed",
+        "seconds": 17.3,
+    }
+
+
+def served(release: str, name: str = "gsm8k", **changes) -> dict:
+    """The record of a benchmark of a served release, 5-shot, with the source measured on the same rows."""
+    measured = {
+        "subject": release,
+        "benchmark": "default",
+        "name": name,
+        "tasks": {name: "3"},
+        "method": "generation",
+        "chat_template": False,
+        "num_fewshot": 5,
+        "limit": None,
+        "seed": 42,
+        "repeats": 1,
+        "temperature": 0.0,
+        "max_tokens": None,
+        "harness": "lm-eval",
+        "harness_version": "0.4.13",
+        "data": "the hub",
+        "documents_sha256": sha("rows"),
+        "prompts": 1319,
+        "prompts_sha256": sha("prompts"),
+        "scores": [score(name, 0.8211, 0.01056)],
+        "samples": {"size": 4711, "sha256": sha("samples")},
+        "target": "cpu-transformers",
+        "engine": "transformers serve",
+        "engine_version": "5.23.0",
+        "command": ["transformers", "serve", "{model}"],
+        "environment": {},
+        "weights": "decoded to BF16",
+        "why_decoded": None,
+        "sandbox": None,
+        "sentences": None,
+        "kept_answers": 0,
+        "seconds": 61.9,
+    }
+    test = {"test": "McNemar, exact", "rows": 1319, "better": 17, "worse": 29, "p_value": 0.1038}
+    return {
+        "release": release,
+        "measured": measured,
+        "metric": "exact_match",
+        "score": 0.8211,
+        "stderr": 0.01056,
+        "higher_is_better": True,
+        "expected": [0.78, 0.88],
+        "verdict": "inside",
+        "source_kind": "measured",
+        "source_model": "alpha",
+        "source_score": 0.8301,
+        "source_stderr": 0.01034,
+        "citation": None,
+        "source_scores": [score(name, 0.8301, 0.01034)],
+        "recovery": 0.98916,
+        "recovery_interval": [0.9731, 1.0052],
+        "interval_method": "bootstrap",
+        "paired": {"exact_match": test},
+        "unpaired_because": None,
+    } | changes
+
+
 def write(root: Path, path: str, data: dict) -> None:
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text(json.dumps(data))
@@ -295,6 +414,7 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "seconds": 19.37,
         },
     )
+    write(root, f"results/{release}/throughput.json", throughput(release))
     source_scores = [score("exercises", 0.9051, 0.01447), score("stories", 6.037, None, higher=False)]
     common = {
         "benchmark": "default",

@@ -22,16 +22,19 @@ from card_records import (
     W3A16,
     change,
     load,
+    load_test,
     make_copied,
     make_pruned_release,
     make_records,
     provenance_of,
     put,
+    served,
     sha,
+    write,
 )
 from huggingface_hub import ModelCard
 
-from requant import card, plots, wording
+from requant import card, card_serving, plots, wording
 from requant.card import Figures, render_card, render_release_card
 from requant.errors import RequantError
 
@@ -87,6 +90,7 @@ def test_the_card_has_every_section_in_order(root):
         "Benchmarks",
         "Verification",
         "Serving",
+        "Throughput",
         "Wall time",
         "Provenance",
     ]
@@ -370,8 +374,103 @@ def test_serving_shows_the_command_and_what_was_served(root):
 def test_a_served_command_reads_back_as_it_was_run(root):
     command = ["serve", "--model", "{model}", "--name", "two words", "--template", "a'b\"c"]
     change(root, f"results/{NVFP4}/deploy.json", put("command", command))
-    text = card.shell_command(load(root).deploy)
+    text = card_serving.serving_command(load(root).deploy)
     assert shlex.split(text) == ["OMP_NUM_THREADS=1", *command]
+
+
+def test_each_check_of_the_smoke_test_has_its_verdict(root):
+    text = section(release_text(root), "Serving")
+    assert row(text, "greedy") == ["passed", "0.992 of 127", "0.97"]
+    assert row(text, "stop sequences") == ["not applicable", "no answer to stop"]
+
+
+def test_a_container_is_shown_as_the_command_that_starts_it(root):
+    request = {
+        "name": "requant-{port}",
+        "network_mode": "host",
+        "mounts": [{"Type": "bind", "Source": "{model}", "Target": "/model", "ReadOnly": True}],
+        "environment": {"HF_HUB_OFFLINE": "1"},
+        "labels": {"requant.served": "x"},
+        "auto_remove": False,
+        "entrypoint": ["vllm"],
+        "image": "vllm/vllm-openai:v1",
+        "command": ["serve", "/model", "--port", "{port}"],
+        "mem_limit": 1000,
+    }
+    container = {"request": request, "image_id": "sha256:12", "image_digests": ["vllm/vllm-openai@sha256:34"]}
+    change(root, f"results/{NVFP4}/deploy.json", put("container", container))
+    text = section(release_text(root), "Serving")
+    assert "--mount type=bind,source={model},target=/model,readonly" in text and "--port {port}" in text
+    assert "vllm/vllm-openai@sha256:34" in text
+
+
+def test_throughput_is_on_the_card_of_the_build_alone(root):
+    text = section(build_text(root), "Throughput").partition(f"### `{W3A16}`")[0]
+    assert "some processor, Linux x86_64, 1 thread" in text
+    assert row(text, "4") == [
+        "12",
+        "31.00",
+        "0.1748 (0.1451 to 0.2080)",
+        "15.43 (12.80 to 18.36)",
+        "57.30 (47.56 to 68.19)",
+    ]
+    assert row(text, "1")[3] == "—"
+    assert "Throughput" not in release_text(root)
+
+
+def test_what_was_served_early_is_told(root):
+    write(root, f"results/{NVFP4}/load_test.json", load_test(NVFP4))
+    text = render_release_card(load(root, load_test=True), provenance_of(load(root)), FIGURES)
+    assert "blocks 0 to 1 were served by the same engine" in text and "98.4% of 63 served tokens" in text
+    assert "served by the same engine" not in release_text(root)
+
+
+def test_benchmarks_of_the_served_model_have_range_source_and_test(root):
+    records = {
+        "gsm8k": served(NVFP4),
+        "mmlu": served(
+            NVFP4,
+            "mmlu",
+            score=0.6911,
+            verdict="below",
+            source_kind="cited",
+            citation="a paper",
+            source_stderr=None,
+            recovery_interval=None,
+            paired={},
+            unpaired_because="the source's score is a published one",
+        ),
+    }
+    for name, record in records.items():
+        write(root, f"results/{NVFP4}/served_benchmarks/{name}.json", record)
+    facts = load(root, served=list(records))
+    text = section(render_release_card(facts, provenance_of(facts), FIGURES), "Benchmarks")
+    assert row(text, "gsm8k, 5-shot")[1:] == [
+        "exact_match",
+        "411",
+        "0.821 ± 0.011",
+        "0.78 to 0.88: inside",
+        "0.830 ± 0.010",
+        "98.9% (97.3% to 100.5%)",
+        "p = 0.1038 (McNemar, exact; better on 17, worse on 29)",
+    ]
+    assert row(text, "mmlu, 5-shot")[4:] == [
+        "0.78 to 0.88: **below**",
+        "0.8301, published: a paper",
+        "98.9%",
+        "the source's score is a published one",
+    ]
+    assert "gsm8k (version 3); by generation, as plain text, temperature 0, seed 42, 1 run, 1,319 requests" in text
+    assert "A trial" not in text and "As served" not in release_text(root)
+
+
+def test_a_served_trial_is_called_so(root):
+    record = served(NVFP4)
+    record["measured"]["limit"] = 20
+    write(root, f"results/{NVFP4}/served_benchmarks/gsm8k.json", record)
+    facts = load(root, served=["gsm8k"])
+    text = render_release_card(facts, provenance_of(facts), FIGURES)
+    assert "**A trial:** gsm8k (20) asked no more than the first rows" in text
 
 
 def test_wall_time_counts_shared_stages_once(root):
@@ -379,7 +478,8 @@ def test_wall_time_counts_shared_stages_once(root):
     assert row(text, "Check the files of `alpha`") == ["3", "1.4\u00a0s"]
     assert row(text, "Reference chain of `alpha` over `default`") == ["6", "27.7\u00a0s"]
     assert row(text, f"Quantize `{NVFP4}`") == ["6", "2\u00a0min\u00a026\u00a0s"]
-    records = [json.loads(path.read_text()) for path in (root / "results").rglob("*.json")]
+    paths = [path for path in (root / "results").rglob("*.json") if path.name != "throughput.json"]  # a part of deploy
+    records = [json.loads(path.read_text()) for path in paths]
     total = sum(record["seconds"] for record in records if "seconds" in record)
     assert row(text, "**All**") == ["33", wording.duration(total)]
     assert "was 1.21\u00a0GB" in text
@@ -490,9 +590,11 @@ def supported_numbers(root: Path, names: list[str]) -> set[str]:
     values = [leaf for record in records.values() for leaf in leaves(record)]
     times = Counter()
     for path, record in records.items():
+        if path.endswith("throughput.json"):  # its time is a part of the deploy stage's
+            continue
         stage = str(Path(path).parent) if "routing_" in path else path
         times.update({"all": record.get("seconds", 0), stage: record.get("seconds", 0)})
-    values += [*times.values(), sum("seconds" in record for record in records.values())]
+    values += [*times.values(), sum("seconds" in record for record in records.values()) - len(names)]
     for name in names:
         pack, verify, evaluate = (records[f"results/{name}/{stage}.json"] for stage in ("pack", "verify", "evaluate"))
         blocks = [records[f"results/{name}/blocks/{block}.json"] for block in range(RELEASE["blocks"])]
@@ -537,7 +639,7 @@ def test_every_number_in_a_table_comes_from_a_record(root):
 def test_templates_hold_no_measured_number():
     for path in (Path(card.__file__).parent / "templates").glob("*.j2"):
         text = re.sub(r"\{[{%#].*?[}%#]\}", " ", path.read_text(), flags=re.S)
-        words = {"iteration 0", "(0 iterations)", "scored 0", "0 (the reference)"}
+        words = {"95 % interval", "iteration 0", "(0 iterations)", "scored 0", "0 (the reference)"}
         for word in words:
             text = text.replace(word, " ")
         assert NUMBER.findall(text) == [], path.name
