@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -172,26 +173,25 @@ def _ask(
     answers: AnswerLog,
 ) -> tuple[list[Row], list[dict]]:
     """(the rows with their results, lm-eval's own results of each repeat)."""
-    import lm_eval
+    from lm_eval.evaluator import evaluate
 
     rows: dict[str, Row] = {}
     runs = []
+    for task in tasks:
+        _set(task, choice, settings)
     for repeat in range(settings.repeats):
+        random.seed(settings.seed)
         answers.repeat = repeat
         lm = client(server, model, target, choice.chat, settings.seed + repeat, context, answers)
         try:
-            results = lm_eval.simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                num_fewshot=choice.num_fewshot,
+            # Its wrapper `simple_evaluate` would describe the machine, which takes longer than some benchmarks.
+            results = evaluate(
+                lm=lm,
+                task_dict={"tasks": {str(task.config.task): task for task in tasks}},
                 limit=settings.limit,
                 bootstrap_iters=0 if settings.repeats > 1 else BOOTSTRAP_RESAMPLES,
-                gen_kwargs=_generation(settings),
                 apply_chat_template=choice.chat,
-                random_seed=settings.seed,
-                numpy_random_seed=settings.seed,
-                torch_random_seed=settings.seed,
-                fewshot_random_seed=settings.seed,
+                fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=False,
             )
         except RequantError:
@@ -206,14 +206,19 @@ def _ask(
     return list(rows.values()), runs
 
 
-def _generation(settings: Served) -> dict[str, Any] | None:
-    """What the config says of generation, over the task's own settings."""
-    found: dict[str, Any] = {}
+def _set(task: Any, choice: Choice, settings: Served) -> None:
+    """Puts what the config says over the task's own settings; no examples are added to a task that has none."""
+    generation: dict[str, Any] = {}
     if settings.temperature:
-        found |= {"temperature": settings.temperature, "do_sample": True}
+        generation |= {"temperature": settings.temperature, "do_sample": True}
     if settings.max_tokens is not None:
-        found["max_gen_toks"] = settings.max_tokens
-    return found or None
+        generation["max_gen_toks"] = settings.max_tokens
+    if task.OUTPUT_TYPE == "generate_until" and generation:
+        task.set_config("generation_kwargs", generation, update=True)
+    own = task.get_config("num_fewshot")
+    if own != 0:
+        task.set_config("num_fewshot", own or 0 if choice.num_fewshot is None else choice.num_fewshot)
+    task.set_fewshot_seed(settings.seed)
 
 
 def _collect(results: dict, rows: dict[str, Row]) -> None:

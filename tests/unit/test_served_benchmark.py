@@ -75,7 +75,7 @@ def run(folder: Path, out: Path, name: str, settings: Served, served: Subject | 
         1,
         out / f"{name}.json",
         samples,
-        Sandbox(),
+        Sandbox(seconds=60),
     )
 
 
