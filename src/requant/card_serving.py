@@ -28,9 +28,12 @@ def serving_command(deploy: DeployRecord) -> str:
 
 def _unquoted(join: Callable[[list[str]], str], words: list[str]) -> str:
     """`words` joined for a shell, which would have words with braces in quotes."""
-    text = join([word.replace("{", "@@").replace("}", "@@") for word in words])
-    for name in ("model", "port"):
-        text = text.replace(f"@@{name}@@", f"{{{name}}}")
+    stand_ins = {f"{{{name}}}": f"@@{name}@@" for name in ("model", "port")}
+    for name, stand_in in stand_ins.items():
+        words = [word.replace(name, stand_in) for word in words]
+    text = join(words)
+    for name, stand_in in stand_ins.items():
+        text = text.replace(stand_in, name)
     return text
 
 
