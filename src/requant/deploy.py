@@ -124,6 +124,7 @@ def smoke_test(
     source_differs = disagreements(StreamedModel(Checkpoint(source, keep)), served)
     record = DeployRecord(
         release=release,
+        packed=made.digest,
         target=settings.target,
         engine=server.engine,
         engine_version=server.version,

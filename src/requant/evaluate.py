@@ -27,6 +27,7 @@ from requant.records import (
     KeepList,
     ModelQuality,
     PruneEvaluateRecord,
+    packed_as,
     read_json,
     write_json,
 )
@@ -140,6 +141,7 @@ def evaluate(
     quantizes = packed.scheme.quantizes_activations
     record = EvaluateRecord(
         release=release,
+        packed=packed_as(packed_dir),
         model=model_name,
         tokens=tallies["source"].tokens,
         samples=len(tokens),
