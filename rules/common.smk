@@ -37,6 +37,7 @@ from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
 from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
 from requant.preflight import check_context, check_group, check_model, check_source
+from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
 from requant.published import files as published_files
 from requant.sandbox import which_sandbox
@@ -93,8 +94,9 @@ def or_warn(function, *arguments):
         print(f"warning: {error}", file=sys.stderr)
 
 
-# `--config model=NAME` belongs to the rule `lock`.
-GIVEN = {key: value for key, value in config.items() if key != "model"}
+# `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`.
+ASKED = ("model", "release", "upload")
+GIVEN = {key: value for key, value in config.items() if key not in ASKED}
 CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
 
 if workflow.is_main_process:
@@ -1029,6 +1031,32 @@ def publishing(wildcards):
         *(["eval_results"] if hub_tasks(wildcards) else []),
         *(["sign"] if CONFIG.publish.signing_key else []),
     ]
+
+
+def publish_subjects(_):
+    """What requant.publishing.Subject holds of each release that `snakemake publish` is asked for."""
+    asked = or_stop(releases_asked, CONFIG, config.get("release"))
+    return [
+        publish_subject(SimpleNamespace(release=release), repository) for release, repository in asked.items()
+    ]
+
+
+def publish_subject(wildcards, repository):
+    folder = Path("results") / wildcards.release / "model"
+    return {
+        "release": wildcards.release,
+        "repository": repository,
+        "branch": CONFIG.publish.branch,
+        "private": CONFIG.publish.private,
+        "config": config_alone(wildcards),
+        "beside": [str(Path(path).relative_to(folder)) for path in files_beside(wildcards)],
+        "signed": CONFIG.publish.signing_key is not None,
+    }
+
+
+def upload_wanted(_):
+    """Whether `--config upload=true` asks for more than a dry run."""
+    return or_stop(upload_asked, config.get("upload"))
 
 
 def release_hashes():

@@ -13,6 +13,10 @@ OUTPUTS           provenance              results/{release}/model/provenance.jso
                   scores for the hub      results/{release}/model/.eval_results/requant.yaml (for benchmarks of the hub)
                   hashes                  results/{release}/model/SHA256SUMS: of every other file but the signature
                   signature               results/{release}/model/model.sig (if the config names a key)
+                  what was uploaded       results/{release}/publish.json, by `snakemake --cores 1 publish` alone
+
+The rule `publish` builds nothing: it is no part of a build, and a release that is not finished is refused. Without
+`--config upload=true` it says what would be uploaded.
 """
 
 
@@ -112,3 +116,15 @@ rule sign:
         key=signing_key,
     script:
         "../scripts/sign.py"
+
+
+rule publish:
+    log:
+        "logs/publish.log",
+    conda:
+        "../envs/requant.yaml"
+    params:
+        subjects=publish_subjects,
+        upload=upload_wanted,
+    script:
+        "../scripts/publish.py"

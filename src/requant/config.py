@@ -602,6 +602,32 @@ class Publish(Section):
         min_length=1,
         description="EC private key in PEM that each release is signed by, readable by you alone; unsigned if absent",
     )
+    repositories: dict[str, str] = Field(
+        {}, description="where `snakemake publish` uploads a release to, by its name: ORG/NAME on the hub"
+    )
+    private: bool = Field(True, description="whether only you and your organisation see those repositories")
+    branch: str = Field(
+        "main", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,99}$", description="branch of the repositories to commit to"
+    )
+
+    @model_validator(mode="after")
+    def _repositories_can_be(self):
+        for release, name in self.repositories.items():
+            if (
+                not REPOSITORY.fullmatch(name)
+                or len(name.split("/")[1]) > 96
+                or re.search(r"--|\.\.|[-.](/|$)|\.git$", name)
+            ):
+                raise ValueError(
+                    f"repositories.{plain(release, 80)}: {brief(name)}; expected ORG/NAME of the hub: letters, digits, "
+                    "'-', '_' and '.', NAME of 96 at most, no '--' or '..', no '-' or '.' at an end, no '.git'"
+                )
+        twice = sorted(
+            {name for name in self.repositories.values() if list(self.repositories.values()).count(name) > 1}
+        )
+        if twice:
+            raise ValueError(f"repositories: {twice[0]!r} is given for two releases; expected one for each")
+        return self
 
 
 class Config(Section):
@@ -686,6 +712,12 @@ class Config(Section):
                 problems.append(
                     f"releases.{name}.mtp: 'keep'; expected 'drop' for the pruned model {release.model!r}: experts of "
                     "multi-token prediction are not observed"
+                )
+        for name in self.publish.repositories:
+            if name not in self.releases:
+                problems.append(
+                    f"publish.repositories.{plain(name, 80)}: not in `releases`; there: "
+                    f"{', '.join(sorted(self.releases))}"
                 )
         for name in self.build:
             if name not in self.releases:

@@ -116,6 +116,7 @@ def smoke_test(
     )
     record = DeployRecord(
         **shared,
+        packed=made.digest,
         environment=server.environment,
         container=server.container,
         weights=weights,

@@ -28,6 +28,7 @@ from requant.records import (
     ModelQuality,
     PruneEvaluateRecord,
     ReferenceText,
+    packed_as,
     read_json,
     write_json,
 )
@@ -148,6 +149,7 @@ def evaluate(
     head = original.head()
     record = EvaluateRecord(
         release=release,
+        packed=packed_as(packed_dir),
         model=model_name,
         tokens=tallies["source"].tokens,
         samples=len(tokens),

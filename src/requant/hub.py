@@ -7,6 +7,7 @@ what huggingface_hub raised is not chained to them.
 import re
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import BinaryIO, TypeVar
 
 from requant.errors import RequantError
@@ -80,11 +81,17 @@ def describe(error: Exception) -> str | None:
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"no such file at {constants.ENDPOINT}"
     if isinstance(error, errors.HfHubHTTPError):
-        status = f"{error.response.status_code} {error.response.reason_phrase}".strip()
+        status = _status(error.response.status_code)
         return f"{status}: {login}" if error.response.status_code in (401, 403) else f"{status} from the hub"
     if isinstance(error, httpx2.TransportError):
         return f"no answer from {constants.ENDPOINT} ({type(error).__name__}: {error})"
     return "the file came short or long" if _came_short(error) else None
+
+
+def _status(code: int) -> str:
+    """A status with its standard phrase: what a server writes in its place is not shown."""
+    phrases = {status.value: status.phrase for status in HTTPStatus}
+    return f"{code} {phrases.get(code, '')}".strip()
 
 
 def _cause(error: Exception) -> Exception:

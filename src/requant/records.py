@@ -4,6 +4,7 @@ A number on the card is a field of one of these records, written by the job that
 Units stand in the field names or descriptions; tensors are named as in the checkpoint.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,6 +219,15 @@ class PackRecord(StageRecord):
     hard_linked: bool = Field(description="shards share their bytes with blocks/")
     seconds: float
 
+    @property
+    def digest(self) -> str:
+        """sha256 over names and hashes of the files, as sha256sum prints them: which checkpoint this is."""
+        lines = "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+OF_WHICH_FILES = "digest of the pack.json whose files this is of; null if there was none"
+
 
 class TensorCheck(Record):
     block: int
@@ -230,6 +240,7 @@ class VerifyRecord(StageRecord):
     """results/{release}/verify.json: the release against the source. Null are figures that need quantized weights."""
 
     release: str
+    packed: str | None = Field(None, description=OF_WHICH_FILES)
     scheme: str
     limits: dict[str, float] = Field(
         description="of quantized weights: cosine (lowest allowed) and relative_mae (highest allowed)"
@@ -275,6 +286,7 @@ class EvaluateRecord(StageRecord):
     """results/{release}/evaluate.json: on the held-out tokens."""
 
     release: str
+    packed: str | None = Field(None, description=OF_WHICH_FILES)
     model: str
     tokens: int = Field(description="predicted tokens")
     samples: int
@@ -351,6 +363,7 @@ class DeployRecord(StageRecord):
     """results/{release}/deploy.json"""
 
     release: str
+    packed: str | None = Field(None, description=OF_WHICH_FILES)
     target: str
     engine: str
     engine_version: str
@@ -652,6 +665,21 @@ class PlanRecord(Record):
     experts_before: int | None = Field(None, description="routed experts of its MoE blocks")
 
 
+class PublishRecord(StageRecord):
+    """results/{release}/publish.json: what was uploaded, and is there as it is here."""
+
+    release: str
+    endpoint: str = Field(description="address of the hub")
+    repository: str
+    branch: str
+    commit: str = Field(description="the one that has these files and no others")
+    private: bool
+    files: dict[str, FileEntry] = Field(description="of the release, as the hub gave them back")
+    bytes: int = Field(description="of all of them")
+    published: str = Field(description="when the hub was seen to have them, UTC, ISO 8601")
+    seconds: float
+
+
 R = TypeVar("R", bound=Record)
 
 DIGEST = "xxh3_64"  # the key of a record's digest in its file
@@ -675,6 +703,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes UTF-8 `text` whole: to a temporary name beside `path`, then renamed."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def packed_as(folder: Path) -> str | None:
+    """Which checkpoint is in `folder`: the digest of the pack.json beside it; None if there is none."""
+    manifest = folder.parent / "pack.json"
+    return read_json(manifest, PackRecord).digest if manifest.exists() else None
 
 
 def read_keep(paths: Sequence[str | Path]) -> KeepList | None:

@@ -20,7 +20,7 @@ from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
 from requant.packed import PackedCheckpoint, decode_parts
-from requant.records import KeepList, TensorCheck, VerifyRecord, write_json
+from requant.records import KeepList, TensorCheck, VerifyRecord, packed_as, write_json
 from requant.schemes import Scheme
 
 UNCHANGED_MEANS = (
@@ -110,6 +110,7 @@ def verify(
     groups = check_groups(sorted(quantized), scales, blocks) if scheme.is_nvfp4 else 0
     record = VerifyRecord(
         release=release,
+        packed=packed_as(packed_dir),
         scheme=scheme.name,
         limits={"cosine": limits[0], "relative_mae": limits[1]} if scheme.quantizes else {},
         tensors=checks,

@@ -119,6 +119,9 @@ def test_the_command_on_the_card_verifies_the_signature_and_finds_what_was_chang
         (folder / name).write_text("changed or added")
         assert verify(folder, public).returncode != 0, name
         (folder / name).unlink() if before is None else (folder / name).write_text(before)
+    (folder / ".gitattributes").write_text("of the hub")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/state").write_text("of a download")
     assert verify(folder, public).returncode == 0
 
 
