@@ -33,9 +33,13 @@ RESULTS = {
     "deploy": f"{OWN}/deploy.json",
     "plot_release": f"{OWN}/model/loss.png",
     "plot_saliency": f"{OWN}/model/saliency.png",
+    "provenance": f"{OWN}/model/provenance.json",
+    "sbom": f"{OWN}/model/sbom.cdx.json",
     "release_card": README,
+    "checksums": f"{OWN}/model/SHA256SUMS",
     "plot_build": "results/card/loss.png",
     "plot_experts": "results/card/experts.png",
+    "card": "model_card.md",
 }
 LIMIT = 64 << 10  # bytes of a file, where nothing can be mounted; Snakemake copies rules of half that size
 

@@ -62,11 +62,9 @@ def emptied(build: Build, to: Path) -> Build:
 
 
 def digests(build: Build) -> dict[str, str]:
-    """sha256 of every file of results/*/model but the card, which says how long the build took."""
-    files = (path for path in build.directory.glob("results/*/model/*") if path.name != "README.md")
-    return {
-        str(path.relative_to(build.directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)
-    }
+    """sha256 of every file of results/*/model."""
+    files = sorted(build.directory.glob("results/*/model/*"))
+    return {str(path.relative_to(build.directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def same_bytes(build: Build, wanted: dict[str, str]) -> bool:
