@@ -636,12 +636,6 @@ def load_test_record(wildcards):
     return [f"results/{release}/load_test.json"] if load_test_blocks(release) else []
 
 
-def serving_gpus(wildcards):
-    """GPUs that the engine of a release's target takes."""
-    target = CONFIG.targets[release_of(wildcards).deploy.target]
-    return 0 if target.device == "cpu" else target.devices
-
-
 # The packed release
 
 
@@ -729,10 +723,21 @@ def deploy_config(wildcards):
     return release_of(wildcards).deploy.model_dump(mode="json")
 
 
+def serving_target(wildcards):
+    """The name of the target that a release, or the source of one, is served at."""
+    return release_of(wildcards).deploy.target if hasattr(wildcards, "release") else wildcards.target
+
+
 def target_config(wildcards):
     """What is served, without what is said of it to people."""
     told = {"description", "limits", "tested"}
-    return CONFIG.targets[release_of(wildcards).deploy.target].model_dump(mode="json", exclude=told)
+    return CONFIG.targets[serving_target(wildcards)].model_dump(mode="json", exclude=told)
+
+
+def serving_gpus(wildcards):
+    """GPUs that the engine of a target takes."""
+    target = CONFIG.targets[serving_target(wildcards)]
+    return 0 if target.device == "cpu" else target.devices
 
 
 # Benchmarks
@@ -778,19 +783,6 @@ def served_comparison_config(wildcards):
     return settings.model_dump(mode="json", include={"task", "expected", "source", "metric"})
 
 
-def served_target(wildcards):
-    return release_of(wildcards).deploy.target if hasattr(wildcards, "release") else wildcards.target
-
-
-def served_target_config(wildcards):
-    return CONFIG.targets[served_target(wildcards)].model_dump(mode="json")
-
-
-def serving_gpus(wildcards):
-    target = CONFIG.targets[served_target(wildcards)]
-    return 0 if target.device == "cpu" else target.devices
-
-
 def served_data(wildcards):
     """The directory of a benchmark's published files; empty if they come from elsewhere."""
     data = served_of(wildcards).data
@@ -822,7 +814,7 @@ def served_source(wildcards):
     """The source model's scores and rows through a release's target; nothing if they are not measured."""
     if served_of(wildcards).source != "measured":
         return []
-    place = f"{served_source_model(wildcards)}/served_benchmarks/{served_target(wildcards)}"
+    place = f"{served_source_model(wildcards)}/served_benchmarks/{serving_target(wildcards)}"
     stem = f"results/reference/{place}/{benchmark_of(wildcards)}/{wildcards.task}"
     return [f"{stem}.json", f"{stem}.samples.jsonl"]
 

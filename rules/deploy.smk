@@ -31,6 +31,8 @@ rule deploy:
     conda:
         "../envs/requant.yaml"
     threads: 1
+    resources:
+        gpu=serving_gpus,
     params:
         *code_and_libraries("deploy"),
         source=source_path_of,
