@@ -55,11 +55,11 @@ unit: $(VENV)/.installed-test  ## the fast tests only
 faults: $(VENV)/.installed-test  ## kills, full disks, flipped bits and clocks set back, in faults/ (an hour)
 	python -m tests.faults --into faults
 
-lock: envs/build.in envs/requirements.in envs/test.in  ## resolve envs/*.in anew (network, some minutes)
+lock: envs/build.in envs/requirements.in envs/test.in  ## resolve envs/*.in; UPGRADE=1: all anew (network, some minutes)
 	rm -rf .venv-lock
 	$(or $(PYTHON),python3.11) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet pip-tools==7.6.2
-	.venv-lock/bin/python envs/lock.py
+	.venv-lock/bin/python envs/lock.py $(if $(UPGRADE),--upgrade)
 	rm -rf .venv-lock
 
 wheelhouses:  ## after a change of the locks: the hashes that flake.nix pins (network, up to 3 GB)

@@ -7,9 +7,11 @@
     test.lock           what `make test` needs besides
     requant.yaml        the same versions for `snakemake --sdm conda`
 
-A lock names a version and the SHA-256 of each of its files, and no host: pip looks where its settings say.
+What no .in file pins keeps the version that it has in the lock, unless --upgrade is given (`make lock UPGRADE=1`). A
+lock names a version and the SHA-256 of each of its files, and no host: pip looks where its settings say.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -39,10 +41,14 @@ dependencies:
 """
 
 
-def compile_pins(*sources: str) -> dict[str, str]:
-    """The pinned closure of files of this folder: {name==version: the whole entry, with its hashes}."""
+def compile_pins(sources: list[str], kept: list[str]) -> dict[str, str]:
+    """The pinned closure of files of this folder: {name==version: the whole entry, with its hashes}.
+
+    Of what no source pins, the versions of the locks `kept` stay as long as the sources allow them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "lock"
+        output.write_text("".join(map(present, kept)), encoding="utf-8")
         command = [
             sys.executable,
             "-m",
@@ -66,6 +72,11 @@ def compile_pins(*sources: str) -> dict[str, str]:
         subprocess.run([*command, *paths], check=True, env=environment)
         entries = re.split(r"^(?=\S)", output.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {entry.split()[0]: f"{entry.rstrip()}\n" for entry in entries if re.match(r"[\w.-]+==", entry)}
+
+
+def present(name: str) -> str:
+    """The text of a lock as it is; empty if it is not there yet."""
+    return (ENVS / name).read_text(encoding="utf-8") if (ENVS / name).exists() else ""
 
 
 def torch_cpu(torch: str) -> list[str]:
@@ -92,9 +103,13 @@ def write_lock(name: str, source: str, about: str, entries: list[str]) -> None:
 
 def main() -> None:
     """Resolve the .in files, then write all that depends on them."""
-    build = compile_pins("build.in")
-    base = compile_pins("requirements.in")
-    test = compile_pins("requirements.in", "test.in")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--upgrade", action="store_true", help="newest versions of all that no .in file pins")
+    keep = not parser.parse_args().upgrade
+    whole = ["requirements.lock", "torch-cuda.lock"]
+    build = compile_pins(["build.in"], ["build.lock"] if keep else [])
+    base = compile_pins(["requirements.in"], whole if keep else [])
+    test = compile_pins(["requirements.in", "test.in"], [*whole, "test.lock"] if keep else [])
     changed = sorted(base.keys() - test.keys())
     if changed:
         raise SystemExit(f"envs/lock.py: test.in changes {', '.join(changed)}: loosen or move its pins")
