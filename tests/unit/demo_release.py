@@ -32,7 +32,7 @@ def heldout(rows: int) -> torch.Tensor:
     sys.path.append(str(DEMO))
     documents = import_module("generate").documents
     tokenizer = PackedCheckpoint(DEMO / "model").tokenizer()
-    kinds = [documents("test", kind, 60 * rows, 7) for kind in ("stories", "exercises")]
+    kinds = [documents("test", kind, 12 * rows, 7) for kind in ("stories", "exercises")]
     ids: list[int] = []
     for row in (row for pair in zip(*kinds, strict=False) for row in pair):
         ids += tokenizer(row["text"])["input_ids"]

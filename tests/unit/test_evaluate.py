@@ -74,6 +74,13 @@ def test_figures_are_those_of_whole_models(case, tmp_path):
     loss = -logits["source"].gather(-1, tokens[:, 1:, None]).mean()
     assert record.source.perplexity == pytest.approx(math.exp(loss), rel=0.01)
     assert record.tokens == 4 * 15 and record.heldout_sha256 == "the hash"
+    text = record.reference_text
+    assert text.tokens == tokens.tolist() and (text.weights_alone is None) == (scheme == "W3A16")
+    alone = torch.tensor(text.weights_alone or text.log_probabilities, dtype=torch.float64)
+    whole = logits["release"].gather(-1, tokens[:, 1:, None])[..., 0]
+    assert (alone - whole).abs().mean() < 0.01, "of decoded weights, as transformers has them"
+    if scheme == "NVFP4":
+        assert text.log_probabilities != text.weights_alone, "rounded activations make another number"
     if scheme == "W3A16":  # NVFP4 rounds activations too, which a decoded checkpoint does not
         kl = (logits["source"].exp() * (logits["source"] - logits["release"])).sum(-1).mean()
         assert record.quantized.kl_divergence == pytest.approx(float(kl), rel=0.1)

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import yaml
-from building import TASK, Build
+from building import BRIEF, TASK, Build
 from safetensors.torch import load_file
 
 from requant.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def families(tmp_path_factory) -> Build:
         "calibration": "small",
         "benchmark": "tiny",
         "tuning": {"iters": 2, "batch_size": 4},
-        "deploy": {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4},
+        "deploy": {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4, "throughput": BRIEF},
     }
     releases = {
         name: release | {"model": name.split("-")[0], "scheme": SCHEMES[name.split("-")[1]]} for name in RELEASES

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import yaml
-from building import TASK, Build
+from building import BRIEF, TASK, Build
 from safetensors.torch import load_file
 
 from requant.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ def lay_out(directory, blocks: int = BLOCKS, **prune) -> Build:
                 "calibration": "small",
                 "benchmark": "tiny",
                 "tuning": {"iters": 2, "batch_size": 4},
-                "deploy": {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4},
+                "deploy": {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4, "throughput": BRIEF},
             }
         },
         "build": ["ds-50-nvfp4"],

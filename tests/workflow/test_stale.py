@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from building import ROOT, Build
+from building import BRIEF, ROOT, Build
 
 TABLE = (ROOT / "docs/reproducibility.md").read_text(encoding="utf-8").partition("## What is stale")[2]
 TABLE = TABLE.partition("\n## ")[0]
@@ -248,7 +248,9 @@ LINES = [
     Line(
         "`deploy` settings, the target",
         "load_test, deploy, provenance, cards",
-        lambda place: place.release("ll-nvfp4", deploy={"prompts": 3, "prompt_tokens": 12, "max_tokens": 4}),
+        lambda place: place.release(
+            "ll-nvfp4", deploy={"prompts": 3, "prompt_tokens": 12, "max_tokens": 4, "throughput": BRIEF}
+        ),
         {"load_test": 1, "deploy": 1} | described(1),
     ),
     Line(
@@ -302,9 +304,9 @@ LINES = [
     ),
     Line(
         "the module of the evaluation",
-        "evaluate, its pictures, cards",
+        "evaluate, deploy, pictures, cards",
         lambda place: place.module("evaluate.py", "import", "NEW = 1\nimport"),
-        {"evaluate": RELEASES, "plot_release": RELEASES} | cards(RELEASES),
+        {"evaluate": RELEASES, "deploy": RELEASES, "plot_release": RELEASES} | cards(RELEASES),
     ),
     Line(
         "the module of the card",
