@@ -744,7 +744,7 @@ def serving_gpus(wildcards):
 
 
 def benchmark_config(wildcards):
-    return CONFIG.benchmarks[benchmark_of(wildcards)].model_dump(mode="json", exclude={"hub"})
+    return CONFIG.benchmarks[benchmark_of(wildcards)].model_dump(mode="json", exclude={"hub", "served"})
 
 
 def benchmark_folder(wildcards):

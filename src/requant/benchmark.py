@@ -77,7 +77,7 @@ def run_benchmark(
         benchmark=name,
         harness="lm-eval",
         harness_version=importlib.metadata.version("lm-eval"),
-        settings=settings.model_dump(exclude={"hub"}) | {"task_versions": versions, "stderr": STDERR_TEXT},
+        settings=settings.model_dump(exclude={"hub", "served"}) | {"task_versions": versions, "stderr": STDERR_TEXT},
         arithmetic=arithmetic,
         scores=scores,
         source_scores=None,
