@@ -805,6 +805,18 @@ def served_task_files(wildcards):
     return list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
 
 
+def published_folders(wildcards):
+    """{task: directory} of the served benchmarks of a release whose published files are here."""
+    served = CONFIG.benchmarks[benchmark_of(wildcards)].served
+    return {task: located(os.path.expanduser(entry.data)) for task, entry in served.items() if entry.data}
+
+
+def published_of(wildcards):
+    """The files in these directories that are read."""
+    folders = published_folders(wildcards).items()
+    return [str(path) for task, folder in folders for path in or_stop(published_files, task, Path(folder))]
+
+
 def served_source_model(wildcards):
     """The checkpoint that a release is made from, before any pruning."""
     return source_name(model_of(wildcards))

@@ -3,7 +3,8 @@ REQUIRED INPUTS   records of a release    results/{release}/pack.json, results/{
                   records it shares       results/source/{model}/source.json,
                                           results/calibration/{model}/{calibration}/calibration.json
                   of a pruned model       results/{model}/prune/keep.json
-                  tasks                   files under the benchmark's include_path, and the data files they name
+                  tasks                   files under the benchmark's include_path, and the data files they name; the
+                                          published files of benchmarks of the served model, under their `data`
                   the environment         envs/*.lock, flake.lock
                   scores                  results/{release}/benchmark.json (for benchmarks of the hub)
                   card and pictures       results/{release}/model/README.md, *.png
@@ -29,6 +30,7 @@ rule provenance:
         keep=keep_list,
         observed=tokens_observed,
         tasks=benchmark_files,
+        published=published_of,
     output:
         provenance="results/{release}/model/provenance.json",
     log:
@@ -44,6 +46,7 @@ rule provenance:
         base_model=base_model_of,
         benchmark=benchmark_of,
         task_folder=benchmark_folder,
+        published=published_folders,
     script:
         "../scripts/provenance.py"
 

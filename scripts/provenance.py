@@ -15,6 +15,7 @@ with job(snakemake.log[0]):
         collect,
         dependencies,
         git_commit,
+        published_digests,
         read_blocks,
         statement,
         task_digests,
@@ -39,5 +40,6 @@ with job(snakemake.log[0]):
         *observed,
     )
     tasks = task_digests(asked.benchmark, asked.task_folder, given.tasks)
+    tasks |= published_digests(asked.benchmark, asked.published, given.published)
     resolved = dependencies(source, [calibration, *observed], asked.config, tasks | code_digests(root))
     write_provenance(snakemake.output.provenance, statement(found, asked.config, resolved, blocks, installed()))

@@ -285,6 +285,19 @@ def task_digests(benchmark: str, folder: str, paths: Iterable[str]) -> dict[str,
     return digests
 
 
+def published_digests(benchmark: str, folders: Mapping[str, str], paths: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The published files of benchmarks of the served model, as served/{benchmark}/{task}/{path in its folder}.
+
+    folders: by task.
+    """
+    digests = {}
+    for path in map(Path, paths):
+        for task, folder in folders.items():
+            if path.is_relative_to(folder):
+                digests[f"served/{benchmark}/{task}/{path.relative_to(folder)}"] = {"sha256": file_entry(path).sha256}
+    return digests
+
+
 def code_digests(root: Path) -> dict[str, dict[str, str]]:
     """requant itself and its locks, in the checkout `root`: the hash of its code, its commit where every file is as
     committed, the locks of its environment, and the revisions that flake.lock pins."""

@@ -183,7 +183,7 @@ def version_differences(statement: Statement, root: Path) -> list[VersionDiffere
 
 def _is_input(name: str) -> bool:
     """Whether a dependency is one of those that `inputs_of` looks for."""
-    return name.split("/")[0] in ("source", "text", "heldout", "task", "data")
+    return name.split("/")[0] in ("source", "text", "heldout", "task", "served", "data")
 
 
 def _digest(found: Mapping[str, str] | None) -> str | None:
@@ -222,6 +222,10 @@ def inputs_of(statement: Statement, config: Config) -> list[Input]:
     for name, tasks in config.benchmarks.items():
         if tasks.include_path is not None:
             found.append(_folder(f"task/{name}", ("benchmarks", name, "include_path"), tasks.include_path, past))
+        for task, served in tasks.served.items():
+            if served.data is not None:
+                key = ("benchmarks", name, "served", task, "data")
+                found.append(_folder(f"served/{name}/{task}", key, served.data, past))
         data = [dependency for dependency in past if dependency.startswith(f"data/{name}/")]
         found += [_file(each, (), each.removeprefix(f"data/{name}/"), past) for each in data]
     return [each for each in found if each.files and (_leads_out(each.place) or not made_here(each.place))]

@@ -21,6 +21,7 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
         del written["mtp"]  # a pruned model has no such layers, and a config may not ask for them
     if not SCHEMES[settings.scheme].quantizes:
         del written["tuning"], written["keep"]  # they mean nothing to it
+    runs_code = "humaneval" in config.benchmarks[settings.benchmark].served
     return {
         "models": {name: _model(config, name) for name in models},
         "calibrations": {name: _calibration(config, name) for name in dict.fromkeys(calibrations)},
@@ -29,6 +30,7 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
         "releases": {release: written},
         "build": [release],
         "device": config.device,
+        **({"sandbox": config.sandbox.model_dump(mode="json")} if runs_code else {}),
     }
 
 

@@ -30,6 +30,7 @@ from requant.provenance import (
     dependencies,
     flake_inputs,
     git_commit,
+    published_digests,
     read_provenance,
     task_digests,
     write_provenance,
@@ -184,6 +185,18 @@ def test_files_of_tasks_are_named_by_their_place_and_not_by_the_machine(tmp_path
         "task/tiny/a.yaml": {"sha256": sha("a.yaml")},
         "task/tiny/rows.jsonl": {"sha256": sha("rows.jsonl")},
         "data/tiny/data.jsonl": {"sha256": sha("data")},
+    }
+
+
+def test_published_files_of_served_benchmarks_are_named_by_task(tmp_path):
+    folders = {task: str(tmp_path / "far" / task) for task in ("gsm8k", "mmlu")}
+    paths = [tmp_path / "far/gsm8k/test.jsonl", tmp_path / "far/mmlu/test/anatomy_test.csv"]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text(path.name)
+    assert published_digests("public", folders, map(str, paths)) == {
+        "served/public/gsm8k/test.jsonl": {"sha256": sha("test.jsonl")},
+        "served/public/mmlu/test/anatomy_test.csv": {"sha256": sha("anatomy_test.csv")},
     }
 
 

@@ -95,6 +95,25 @@ def test_given_inputs_are_linked_under_the_configs_names(tmp_path, commands, mon
     assert (tmp_path / "new/text/a.txt").resolve() == far / "text/a.txt"
 
 
+def test_published_files_of_a_served_benchmark_are_an_input(tmp_path, commands, monkeypatch, capsys):
+    def served(config, dependencies) -> None:
+        own_text(config, dependencies)
+        config["benchmarks"]["default"]["served"] = {"gsm8k": {"data": "gsm8k"}}
+        dependencies["served/default/gsm8k/test.jsonl"] = digest("g")
+
+    write_inputs(tmp_path / "here")
+    (tmp_path / "alone").mkdir()
+    path = edited(tmp_path / "records", tmp_path / "alone/provenance.json", served)
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(path, tmp_path / "new") == 2
+    assert "gsm8k: not there; expected --inputs served/default/gsm8k=PATH" in capsys.readouterr().err
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/test.jsonl").write_text("g")
+    assert run(path, tmp_path / "new", "--inputs", f"gsm8k={tmp_path}/far") == 1
+    assert (tmp_path / "new/gsm8k/test.jsonl").resolve() == tmp_path / "far/test.jsonl"
+    assert "served/default/gsm8k" not in capsys.readouterr().err, "an input is no version that differs"
+
+
 def climbing(config, dependencies) -> None:
     own_text(config, dependencies)
     config["calibrations"]["default"]["sources"][0]["path"] = "results/../../../text/a.txt"

@@ -54,6 +54,14 @@ def test_it_has_what_the_release_needs_and_nothing_else():
     assert (served["mmlu"]["data"], served["mmlu"]["expected"], served["gsm8k"]["source"]) == ("mmlu", [0.7, 0.8], None)
 
 
+def test_the_limits_of_a_sandbox_are_a_part_of_it_where_code_is_run():
+    data = CONFIG | {"sandbox": {"seconds": 3.5}}
+    assert "sandbox" not in standalone(parse(data), "hub")
+    mine = data["benchmarks"]["mine"] | {"served": {"humaneval": {}}}
+    alone = standalone(parse(data | {"benchmarks": data["benchmarks"] | {"mine": mine}}), "hub")
+    assert alone["sandbox"]["seconds"] == 3.5
+
+
 @pytest.mark.parametrize("release", ["pruned", "hub"])
 def test_it_names_no_folder_of_the_machine(release):
     text = yaml.safe_dump(standalone(parse(CONFIG), release))
