@@ -227,6 +227,12 @@ def test_each_token_is_shown_in_several_contexts():
     assert sum(len(found) > 1 for found in before.values()) > 95
 
 
+def test_a_token_that_rounding_moves_has_a_wider_limit_of_its_own():
+    noise = dict.fromkeys(range(199), 0.1) | {199: 0.7}
+    limits = vocabulary.limits(noise, 1.5)
+    assert limits[0] == pytest.approx(0.3) and limits[199] == pytest.approx(2.1)
+
+
 def test_distances_are_looked_at_expert_by_expert():
     from requant.distances import EVERYWHERE, FEWEST, farthest
 
