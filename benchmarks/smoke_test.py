@@ -16,7 +16,9 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -137,8 +139,12 @@ def measure(scheme: str, folder: Path) -> dict:
     engine = Engine(folder / "decoded", rows)
     kinds = {kind: {way: {} for way in ways} for kind in ("scale of an expert", "scale of another Linear", "experts")}
 
+    same: dict[str, list[float]] = {kind: [] for kind in kinds}
+    healthy = engine.logits(padded(rows))
+
     def note(kind: str, name: str, layer: int) -> None:
         logits = engine.logits_from(layer)
+        same[kind].append(float((logits.argmax(-1) == healthy.argmax(-1)).double().mean()))
         for way, compared in ways.items():
             kinds[kind][way][name] = compared.ratio(logits)
 
@@ -156,12 +162,10 @@ def measure(scheme: str, folder: Path) -> dict:
             for leaf, weight in (("gate_proj", gate_up[expert, :inner]), ("down_proj", down[expert])):
                 with halved(weight):
                     note("scale of an expert", f"{number}.{expert}.{leaf}", number)
-        for _ in range(PAIRS_OF_EXPERTS):
-            a, b = choose.sample(range(len(down)), 2)
+        for a, b in choose.sample(list(combinations(range(len(down)), 2)), PAIRS_OF_EXPERTS):
             with exchanged([gate_up, down], a, b):
                 note("experts", f"{number}: {a}, {b}", number)
         print(scheme, number, flush=True)
-    healthy = engine.logits(padded(rows))
     found = {
         way: {
             "noise": compared.noise,
@@ -171,6 +175,7 @@ def measure(scheme: str, folder: Path) -> dict:
         }
         for way, compared in ways.items()
     }
+    found["same_choice"] = {kind: {"lowest": min(parts), "median": median(parts)} for kind, parts in same.items()}
     return found | tokens_exchanged(folder / "decoded", release, of_labels, settings)
 
 

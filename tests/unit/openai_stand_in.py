@@ -68,13 +68,9 @@ class Engine:
         with self.lock:
             scores = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         tokens = [*ids[1:], int(scores[-1].argmax())]
-        largest = [
-            {
-                self.tokenizer.decode([token]): value
-                for value, token in zip(*map(torch.Tensor.tolist, best), strict=True)
-            }
-            for best in map(lambda row: row.topk(top), scores)
-        ]
+        best, candidates = (part.tolist() for part in scores.topk(top))
+        texts = [[self.tokenizer.decode([token]) for token in row] for row in candidates]
+        largest = [dict(zip(names, values, strict=True)) for names, values in zip(texts, best, strict=True)]
         own = scores.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
         return {"token_logprobs": [None, *own], "top_logprobs": [None, *largest]}
 

@@ -1,6 +1,7 @@
 """Each check of the smoke test, on an engine that is right and on one that has just that fault."""
 
 import contextlib
+import re
 from itertools import accumulate
 from pathlib import Path
 
@@ -178,6 +179,11 @@ def test_answers_at_one_time_may_differ_if_they_are_the_checkpoints_own():
     alone, other = [answer(*"abcd")], [answer(*"abce")]
     assert smoke.concurrency(other, alone, 0.95).verdict == "passed"
     assert smoke.concurrency([answer(*"abce", agrees=False)], alone, 0.95).verdict == "failed"
+
+
+def test_every_check_is_a_row_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs/smoke-test.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(smoke.ALL)
 
 
 def test_a_check_that_is_missing_or_there_twice_is_an_error():
