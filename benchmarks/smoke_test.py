@@ -4,7 +4,8 @@
 
 The embedded model, quantized by plain rounding, 2048 held-out tokens. The engine is transformers in this process, as
 `transformers serve` runs it, on decoded weights that one damage at a time is done to. `labels`: compared as with
-that engine, by log-probability ratios of 26 tokens; `echo`: as with vLLM and sglang, by those of the text's own tokens.
+that engine, by log-probability ratios of 26 tokens; `echo`: as with vLLM and sglang, by the log-probabilities of the
+text's own tokens and the 20 largest.
 - a global scale doubled, of every Linear: an expert's gate_proj and down_proj (up_proj does what down_proj does);
 - two experts exchanged, ten pairs in every MoE block;
 - two tokens of the vocabulary exchanged, twenty pairs.
@@ -15,7 +16,9 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -75,7 +78,7 @@ class Engine:
         self.inputs.append((given[0], named))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens).logits
+        return self.model(tokens, use_cache=False).logits
 
     def logits_from(self, layer: int) -> torch.Tensor:
         """Of the rows, where no layer before `layer` is damaged."""
@@ -136,8 +139,12 @@ def measure(scheme: str, folder: Path) -> dict:
     engine = Engine(folder / "decoded", rows)
     kinds = {kind: {way: {} for way in ways} for kind in ("scale of an expert", "scale of another Linear", "experts")}
 
+    same: dict[str, list[float]] = {kind: [] for kind in kinds}
+    healthy = engine.logits(padded(rows))
+
     def note(kind: str, name: str, layer: int) -> None:
         logits = engine.logits_from(layer)
+        same[kind].append(float((logits.argmax(-1) == healthy.argmax(-1)).double().mean()))
         for way, compared in ways.items():
             kinds[kind][way][name] = compared.ratio(logits)
 
@@ -155,12 +162,10 @@ def measure(scheme: str, folder: Path) -> dict:
             for leaf, weight in (("gate_proj", gate_up[expert, :inner]), ("down_proj", down[expert])):
                 with halved(weight):
                     note("scale of an expert", f"{number}.{expert}.{leaf}", number)
-        for _ in range(PAIRS_OF_EXPERTS):
-            a, b = choose.sample(range(len(down)), 2)
+        for a, b in choose.sample(list(combinations(range(len(down)), 2)), PAIRS_OF_EXPERTS):
             with exchanged([gate_up, down], a, b):
                 note("experts", f"{number}: {a}, {b}", number)
         print(scheme, number, flush=True)
-    healthy = engine.logits(padded(rows))
     found = {
         way: {
             "noise": compared.noise,
@@ -170,6 +175,7 @@ def measure(scheme: str, folder: Path) -> dict:
         }
         for way, compared in ways.items()
     }
+    found["same_choice"] = {kind: {"lowest": min(parts), "median": median(parts)} for kind, parts in same.items()}
     return found | tokens_exchanged(folder / "decoded", release, of_labels, settings)
 
 
@@ -178,13 +184,15 @@ def tokens_exchanged(folder: Path, release: demo_release.DemoRelease, view: View
     shown = vocabulary.sample(tokenizer, settings.vocabulary_tokens)
     rows = decisions.rows_of(tokenizer, vocabulary.contexts(tokenizer, shown))
     ours, exact = (read(StreamedModel(packed, dtype=dtype), rows, view) for dtype in DTYPES)
-    limit = settings.rounding * max(vocabulary.nearest(rows, distances(exact.views, ours.views)).values())
+    noise = vocabulary.nearest(rows, distances(exact.views, ours.views))
+    limits = vocabulary.limits(noise, settings.rounding)
     engine = Engine(folder, rows)
 
     def ratio(tokens: torch.Tensor) -> float:
         logits = engine.logits(tokens)
         views = [view(part[: len(row.ids)], row) for part, row in zip(logits, rows, strict=True)]
-        return max(vocabulary.nearest(rows, distances(views, ours.views)).values()) / limit
+        found = vocabulary.nearest(rows, distances(views, ours.views))
+        return max(found[token] / limits[token] for token in found)
 
     right, ratios, choose = padded(rows), {}, random.Random(0)
     for _ in range(PAIRS_OF_TOKENS):
@@ -192,7 +200,14 @@ def tokens_exchanged(folder: Path, release: demo_release.DemoRelease, view: View
         tokens = right.clone()
         tokens[right == a], tokens[right == b] = b, a
         ratios[f"{tokenizer.decode([a])!r}, {tokenizer.decode([b])!r}"] = ratio(tokens)
-    return {"tokens": {"shown": len(shown), "limit": limit, "healthy": ratio(right), "exchanged": figures(ratios)}}
+    return {
+        "tokens": {
+            "shown": len(shown),
+            "limit": min(limits.values()),
+            "healthy": ratio(right),
+            "exchanged": figures(ratios),
+        }
+    }
 
 
 def main() -> None:

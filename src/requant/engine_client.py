@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 
+TOP = 20  # largest log-probabilities of a place: as many as vLLM gives unless it is told otherwise
+
+
 def client_of(server: Server, seconds: float) -> "OpenAI":
     """A client for the loopback alone: no proxy, no key of the caller, no retry that hides a failure."""
     from openai import DefaultHttpxClient, OpenAI
@@ -83,30 +86,37 @@ def stream(client: "OpenAI", model: str, prompt: str, max_tokens: int) -> tuple[
 
 
 def log_probabilities(client: "OpenAI", model: str, row: Row) -> "torch.Tensor":
-    """float64 [pieces, 1]: the log-probability of each token of `row` but the first, as the engine echoes them.
+    """float64 [pieces, 1 + TOP]: the log-probability of each token of `row` but the first, as the engine echoes them,
+    and the TOP largest that the engine had in its place, in falling order.
 
-    vLLM and sglang take token ids for a prompt. RequantError if it gives none, or for another number of tokens.
+    vLLM and sglang take token ids for a prompt. Which tokens are the largest is not read: they are named by their
+    texts, which several tokens may share. RequantError if it gives none, or for another number of tokens.
     """
     import torch
 
     request = {"model": model, "prompt": row.ids, "max_tokens": 1, "temperature": 0}
-    answer = client.completions.create(**request, echo=True, logprobs=1)
+    answer = client.completions.create(**request, echo=True, logprobs=TOP)
     echoed = answer.choices[0].logprobs
-    found = echoed.token_logprobs if echoed else None
-    if found is None or len(found) < len(row.ids) or None in found[1 : len(row.ids)]:
+    found, tops = (echoed.token_logprobs or [], echoed.top_logprobs or []) if echoed else ([], [])
+    count = len(row.ids)
+    if min(len(found), len(tops)) < count or None in found[1:count] or not all(tops[1:count]):
         raise RequantError(
-            f"/v1/completions: {'no' if not found else len(found)} log-probabilities for a prompt of {len(row.ids)} "
-            "tokens with `echo`; expected one a token"
+            f"/v1/completions: {len(found)} log-probabilities and {len(tops)} lists of the largest for a prompt of "
+            f"{count} tokens with `echo`; expected both for each token"
         )
-    return torch.tensor(found[1 : len(row.ids)], dtype=torch.float64)[:, None]
+    largest = [sorted(top.values(), reverse=True)[:TOP] for top in tops[1:count]]
+    filled = [values + values[-1:] * (TOP - len(values)) for values in largest]
+    pairs = zip(found[1:count], filled, strict=True)
+    return torch.tensor([[own, *values] for own, values in pairs], dtype=torch.float64)
 
 
 def next_tokens(logits: "torch.Tensor", row: Row) -> "torch.Tensor":
-    """The same float64 [pieces, 1] from a chain's logits [tokens, vocabulary] of the row."""
+    """The same float64 [pieces, 1 + TOP] from a chain's logits [tokens, vocabulary] of the row."""
     import torch
 
     scores = logits[:-1].double().log_softmax(-1)
-    return scores.gather(-1, torch.tensor(row.ids[1:], device=scores.device)[:, None]).cpu()
+    own = scores.gather(-1, torch.tensor(row.ids[1:], device=scores.device)[:, None])
+    return torch.cat([own, scores.topk(TOP, dim=-1).values], dim=-1).cpu()
 
 
 def echo_rows(rows: list[list[int]]) -> list[Row]:

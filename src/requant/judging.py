@@ -143,13 +143,13 @@ def _of_reference_text(
     found, where = farthest(distances(asked.rows, ours.views[shown]), experts)
     limit = factor * farthest(distances(unrounded.views[shown], ours.views[shown]), experts)[0]
     evaluated = [torch.tensor(row, dtype=torch.float64)[:, None] for row in reference.log_probabilities if row]
-    chain = ours.views[recorded]
-    noise = distances(unrounded.views[recorded], chain)
+    chain, exact = ([view[:, :1] for view in reading.views[recorded]] for reading in (ours, unrounded))
+    noise = distances(exact, chain)
     moved, _ = farthest(distances(evaluated, chain), {})
     moved_limit = factor * farthest(noise, {})[0]
     answered = chain
     if not texts.labels:
-        answered = [row[: len(part)] for row, part in zip(asked.rows, evaluated, strict=False)]
+        answered = [row[: len(part), :1] for row, part in zip(asked.rows, evaluated, strict=False)]
     mean, mean_evaluated = (float(torch.cat(part).mean()) for part in (answered, evaluated))
     mean_limit = factor * float(torch.cat(noise).mean())
     whose = "the chain's" if texts.labels else "the engine's"
@@ -166,11 +166,11 @@ def _of_vocabulary(
     rows: list[Row], found: "list[torch.Tensor]", noise: "list[torch.Tensor]", factor: float, tokenizer: Any
 ) -> Check:
     tokens = vocabulary.nearest(rows, found)
-    worst = max(tokens, key=lambda token: tokens[token])
-    limit = factor * max(vocabulary.nearest(rows, noise).values())
+    limits = vocabulary.limits(vocabulary.nearest(rows, noise), factor)
+    worst = max(tokens, key=lambda token: tokens[token] / limits[token])
     return smoke.judged(
         smoke.TOKENIZER,
-        tokens[worst] <= limit,
+        tokens[worst] <= limits[worst],
         f"{len(tokens)} of {len(tokenizer)} tokens shown, {tokenizer.decode([worst])!r} {tokens[worst]:.4f} nats off",
-        f"at most {limit:.4f}: {factor:g} times what rounding to BF16 does",
+        f"at most {limits[worst]:.4f}: {vocabulary.MARGIN * factor:g} times what rounding to BF16 does to a token",
     )

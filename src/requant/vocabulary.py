@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CONTEXTS = 3
 IN_A_ROW = 31  # tokens after the first
+USUAL = 0.99  # part of the tokens that rounding moves less than what is usual
+MARGIN = 2  # beside `deploy.rounding`: the largest of a thousand tokens is looked at, not the bulk of them
 CHUNK = 2048  # tokens that a request of the vocabulary has
 
 
@@ -54,6 +56,17 @@ def nearest(rows: list[Row], distances: list["torch.Tensor"]) -> dict[int, float
             token = row.ids[place]
             found[token] = min(found.get(token, value), value)
     return found
+
+
+def limits(noise: dict[int, float], factor: float) -> dict[int, float]:
+    """By token how far it may be off, given what rounding does: `nearest` of the chain without rounding.
+
+    A token that lies between two experts by itself is sent to either in all its contexts. So each token has its own
+    limit, and none a smaller one than nearly all of them have.
+    """
+    ordered = sorted(noise.values())
+    usual = ordered[int(USUAL * (len(ordered) - 1))]
+    return {token: MARGIN * factor * max(usual, value) for token, value in noise.items()}
 
 
 def differences(client: "OpenAI", url: str, model: str, tokenizer: Any, texts: list[str]) -> str | None:

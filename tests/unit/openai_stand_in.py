@@ -63,10 +63,16 @@ class Engine:
         return [text[:-1] + "\ufffd" if text else "" for text in texts] if "garbles" in self.faults else texts
 
     @torch.no_grad()
-    def log_probabilities(self, ids: list[int]) -> list[float | None]:
+    def log_probabilities(self, ids: list[int], top: int) -> dict[str, list]:
+        """Of the prompt and of one token more, as vLLM gives them: the largest by the texts of their tokens."""
         with self.lock:
             scores = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
-        return [None, *scores[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()]
+        tokens = [*ids[1:], int(scores[-1].argmax())]
+        best, candidates = (part.tolist() for part in scores.topk(top))
+        texts = [[self.tokenizer.decode([token]) for token in row] for row in candidates]
+        largest = [dict(zip(names, values, strict=True)) for names, values in zip(texts, best, strict=True)]
+        own = scores.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+        return {"token_logprobs": [None, *own], "top_logprobs": [None, *largest]}
 
 
 def app_of(engine: Engine) -> FastAPI:
@@ -87,9 +93,8 @@ def app_of(engine: Engine) -> FastAPI:
         check_name(body["model"])
         ids = engine.ids(body["prompt"])
         if body.get("echo"):
-            found = engine.log_probabilities(ids) + [-0.5]
-            logprobs = {"token_logprobs": None if "no_logprobs" in engine.faults else found}
-            return JSONResponse(answer([choice("", "length", logprobs)]))
+            found = None if "no_logprobs" in engine.faults else engine.log_probabilities(ids, body["logprobs"])
+            return JSONResponse(answer([choice("", "length", found)]))
         written = engine.written(ids, body["max_tokens"], not body.get("ignore_eos"))
         texts = engine.pieces(written)
         reason = "length" if len(written) == body["max_tokens"] else "stop"

@@ -1,6 +1,7 @@
 """Each check of the smoke test, on an engine that is right and on one that has just that fault."""
 
 import contextlib
+import re
 from itertools import accumulate
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def test_answers_at_one_time_may_differ_if_they_are_the_checkpoints_own():
     assert smoke.concurrency([answer(*"abce", agrees=False)], alone, 0.95).verdict == "failed"
 
 
+def test_every_check_is_a_row_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs/smoke-test.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(smoke.ALL)
+
+
 def test_a_check_that_is_missing_or_there_twice_is_an_error():
     checks = [smoke.passed(name, "a", "b") for name in smoke.ALL]
     assert smoke.in_order(checks[::-1]) == checks
@@ -225,6 +231,12 @@ def test_each_token_is_shown_in_several_contexts():
             before.setdefault(token, set()).add(previous)
     assert set(before) == set(shown)
     assert sum(len(found) > 1 for found in before.values()) > 95
+
+
+def test_a_token_that_rounding_moves_has_a_wider_limit_of_its_own():
+    noise = dict.fromkeys(range(199), 0.1) | {199: 0.7}
+    limits = vocabulary.limits(noise, 1.5)
+    assert limits[0] == pytest.approx(0.3) and limits[199] == pytest.approx(2.1)
 
 
 def test_distances_are_looked_at_expert_by_expert():
