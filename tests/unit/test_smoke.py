@@ -144,6 +144,11 @@ def answer(*texts: str, agrees: bool = True) -> Served:
     return Served("prompt", [1, 2], steps, agrees=[agrees] * len(steps), read=2)
 
 
+def test_tokens_that_complete_no_character_are_no_pieces():
+    assert smoke.growths(answer("a", "", "", "b")) == 2
+    assert smoke.growths(answer("", "", "🙂")) == 1
+
+
 def test_a_loop_is_a_run_of_tokens_four_times_over():
     assert smoke.loops(list(accumulate(["a", " b", " c", " c", " c", " c"])))
     assert smoke.loops(list(accumulate(["x", *["a", "b", "c"] * 4])))
