@@ -4,6 +4,7 @@ import contextlib
 import re
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import damage
 import openai_stand_in as stand_in
@@ -147,6 +148,15 @@ def answer(*texts: str, agrees: bool = True) -> Served:
 def test_tokens_that_complete_no_character_are_no_pieces():
     assert smoke.growths(answer("a", "", "", "b")) == 2
     assert smoke.growths(answer("", "", "🙂")) == 1
+
+
+@pytest.mark.parametrize(("whole", "verdict"), [("an ow\ufffd", "passed"), ("an ow", "passed"), ("an o", "failed")])
+def test_a_character_that_is_not_complete_is_in_no_piece(monkeypatch, whole, verdict):
+    choice = SimpleNamespace(text=whole)
+    create = SimpleNamespace(create=lambda **_: SimpleNamespace(choices=[choice]))
+    monkeypatch.setattr(smoke, "stream", lambda *_: (["an", " ow"], 1, 3))
+    answer = Served("p", [1], ["an", "an ow", "an ow"])
+    assert smoke.streaming(SimpleNamespace(completions=create), "m", [answer], 3).verdict == verdict
 
 
 def test_a_loop_is_a_run_of_tokens_four_times_over():
