@@ -29,9 +29,9 @@ from openai import OpenAI
 from requant import container, serving
 from requant.config import Target
 from requant.container import container_request
-from requant.deploy import mirror
 from requant.engines import serve_at
 from requant.errors import RequantError
+from requant.served_copy import mirror
 from requant.serving import Server
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
