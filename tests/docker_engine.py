@@ -138,6 +138,8 @@ def _connected(url: str) -> Iterator[DockerEngine | None]:
 @contextlib.contextmanager
 def _started() -> Iterator[DockerEngine]:
     """An engine of this session's own, with everything of it gone in the end."""
+    import docker
+
     if os.geteuid() != 0:
         pytest.skip("needs a running Docker engine, or root to start one")
     if shutil.which("dockerd") is None or shutil.which("setpriv") is None:
@@ -161,8 +163,10 @@ def _started() -> Iterator[DockerEngine]:
         _wait_for(daemon, url, log)
         with _connected(url) as engine:
             yield engine
-            for container in engine.client.containers.list(all=True):
-                container.remove(force=True, v=True)
+            for container in engine.client.containers.list(all=True, ignore_removed=True):
+                # One that is removing itself at this moment needs no help.
+                with contextlib.suppress(docker.errors.APIError):
+                    container.remove(force=True, v=True)
     finally:
         _stop(daemon)
         _remove(folder, group)

@@ -19,6 +19,7 @@ import textwrap
 import threading
 import time
 import uuid
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -521,7 +522,8 @@ for result in run_all([{program!r}] * 3, Limits(seconds=60), backend, jobs=2):
     # Outright killed, it can't end them: they end because their input does, and containers remove themselves.
     wait_until(lambda: marked(mark) == [], 3)
     if kind == "docker":
-        wait_until(lambda: engine.client.containers.list(all=True, filters={"label": sandbox.LABEL}) == [], 5)
+        left = partial(engine.client.containers.list, all=True, filters={"label": sandbox.LABEL}, ignore_removed=True)
+        wait_until(lambda: left() == [], 5)
 
 
 def wait_until(condition, seconds: float) -> None:
