@@ -26,7 +26,14 @@ from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import PUBLIC, parse as parse_config, verify_limits
 from requant.cut import blocks_to_load, check_load_test
-from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
+from requant.disk import (
+    chain_files,
+    check_room,
+    check_writable,
+    files_to_come,
+    heldout_beside,
+    reference_files,
+)
 from requant.download import HubModel, check_download_room
 from requant.errors import RequantError
 from requant.fp8 import without_scales
@@ -381,10 +388,13 @@ def preflight(release):
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     or_stop(check_family, release, model_config["model_type"], target, CONFIG.targets[target])
     check_target_memory(release)
-    chain = chain_files(release, CONFIG.calibrations[settings.calibration], model_config, scheme.quantizes)
+    kept = CONFIG.keep_hidden_states
+    chain = chain_files(
+        release, CONFIG.calibrations[settings.calibration], model_config, settings.chained, kept
+    )
     for walked, calibration, ends in reference_chains(release):
         at = CONFIG.calibrations[calibration]
-        chain |= reference_files(walked, source_name(model), calibration, at, model_config, ends)
+        chain |= reference_files(walked, source_name(model), calibration, at, model_config, ends, kept)
     stored = kept_bytes(model, set(shard_of.values()))
     STILL_TO_WRITE.update(files_to_come(release, chain, blocks, stored, scheme.weight_bits))
     or_warn(check_room, STILL_TO_WRITE)
@@ -482,6 +492,11 @@ def calibration_record(wildcards):
     return f"{calibration_folder(wildcards)}/calibration.json"
 
 
+def hidden_states(path):
+    """An output of hidden states: by the config it stays, or goes as soon as the last job that reads it is done."""
+    return path if CONFIG.keep_hidden_states else temp(path)
+
+
 def chain_file(wildcards, block):
     """Hidden states of the reference chain after `block`; after the embedding for -1."""
     name = "embedded" if block < 0 else f"hidden_{block}"
@@ -496,9 +511,18 @@ def reference_after(wildcards):
     return chain_file(wildcards, int(wildcards.block))
 
 
-def reference_chain(wildcards):
-    """The whole chain, embeddings first."""
-    return [chain_file(wildcards, block) for block in [-1, *blocks_of(wildcards)]]
+def heldout_file(wildcards, block):
+    """`chain_file` of the held-out tokens."""
+    return str(heldout_beside(chain_file(wildcards, block)))
+
+
+def heldout_before(wildcards):
+    return heldout_file(wildcards, int(wildcards.block) - 1)
+
+
+def heldout_chain(wildcards):
+    """The whole chain of the held-out tokens, embeddings first."""
+    return [heldout_file(wildcards, block) for block in [-1, *blocks_of(wildcards)]]
 
 
 def routing_records(wildcards):
@@ -512,17 +536,15 @@ def routing_records(wildcards):
 def tuning_inputs(wildcards):
     """What a block is tuned on: the output of the quantized blocks before it, or of the source's."""
     preflight(wildcards.release)
-    before = int(wildcards.block) - 1
-    if before < 0 or release_of(wildcards).tuning.inputs == "reference":
-        return chain_file(wildcards, before)
-    return f"results/{wildcards.release}/chain/{before}.safetensors"
+    block, settings = int(wildcards.block), release_of(wildcards)
+    if not settings.chained or block % (settings.tuning.segment or len(blocks_of(wildcards))) == 0:
+        return chain_file(wildcards, block - 1)
+    return f"results/{wildcards.release}/chain/{block - 1}.safetensors"
 
 
-def releases_that(quantize):
-    """A pattern of the releases whose scheme quantizes, or of those in BF16; of nothing if there are none."""
-    found = [
-        name for name, release in CONFIG.releases.items() if SCHEMES[release.scheme].quantizes == quantize
-    ]
+def made_by(rule):
+    """A pattern of the releases whose blocks a rule makes; of nothing if there are none."""
+    found = [name for name, release in CONFIG.releases.items() if release.made_by == rule]
     return "|".join(map(re.escape, found)) or "(?!)"
 
 
@@ -565,9 +587,10 @@ def keep_patterns(wildcards):
     return release_of(wildcards).keep
 
 
-def first_blocks_first(wildcards):
-    """The priority of a block: those of the load test come before others that could be made too."""
-    return int(int(wildcards.block) < load_test_blocks(wildcards.release))
+def tuners_first(wildcards):
+    """The priority of a block of a release: before the chain, which else runs away from those who read it; those of
+    the load test before the others."""
+    return 1 + int(int(wildcards.block) < load_test_blocks(wildcards.release))
 
 
 def files_of_blocks(wildcards, blocks):
@@ -860,7 +883,7 @@ def observed_record(wildcards):
 
 def original_chain(wildcards):
     """The whole reference chain of a pruned model's source."""
-    return reference_chain(observed(wildcards))
+    return heldout_chain(observed(wildcards))
 
 
 def pruned_before(wildcards):
@@ -898,7 +921,7 @@ def end_of_original(wildcards):
     if source is None:
         return []
     seen = SimpleNamespace(model=source, calibration=calibration_of(wildcards))
-    return [reference_chain(seen)[-1]]
+    return [heldout_chain(seen)[-1]]
 
 
 def comparisons(model):

@@ -1,7 +1,7 @@
 """
 REQUIRED INPUTS   the checkpoint       results/{release}/model/*, by its manifest results/{release}/pack.json
                   held-out tokens      results/calibration/{source}/{calibration}/tokens.safetensors
-                  reference chain      results/reference/{model}/{calibration}/embedded, hidden_{block}.safetensors
+                  reference chain      results/reference/{model}/{calibration}/heldout_*.safetensors
                   source               {path of the model}/*.safetensors
                   of a pruned model    its keep list, and the end of its source's reference chain
 OUTPUTS           KL, perplexity, ...  results/{release}/evaluate.json
@@ -13,7 +13,7 @@ rule evaluate:
         packed=packed_files,
         tokens=tokens_of,
         calibration=calibration_record,
-        hidden=reference_chain,
+        hidden=heldout_chain,
         keep=keep_list,
         original=end_of_original,
         source=all_shards,

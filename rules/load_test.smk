@@ -25,7 +25,7 @@ rule load_test:
         engine="logs/load_test/{release}.engine.log",
     benchmark:
         "results/benchmarks/load_test/{release}.tsv"
-    priority: 2
+    priority: 3
     conda:
         "../envs/requant.yaml"
     threads: 1

@@ -10,6 +10,9 @@ OUTPUTS           packed tensors       results/{release}/blocks/{block}.safetens
                   losses, hits, ...    results/{release}/blocks/{block}.json
                   output as shipped    results/{release}/chain/{block}.safetensors
 
+With `inputs: reference` blocks wait for the reference chain alone, and none has an output for the next one:
+`quantize_apart`.
+
 Blocks of a release in BF16:
 
 REQUIRED INPUTS   shards of the block  {path of the source}/*.safetensors
@@ -29,14 +32,14 @@ rule quantize:
     output:
         block="results/{release}/blocks/{block}.safetensors",
         record="results/{release}/blocks/{block}.json",
-        hidden="results/{release}/chain/{block}.safetensors",
+        hidden=hidden_states("results/{release}/chain/{block}.safetensors"),
     log:
         "logs/quantize/{release}/{block}.log",
     benchmark:
         "results/benchmarks/quantize/{release}/{block}.tsv"
     wildcard_constraints:
-        release=releases_that(quantize=True),
-    priority: first_blocks_first
+        release=made_by("quantize"),
+    priority: tuners_first
     conda:
         "../envs/requant.yaml"
     threads: tuning_threads
@@ -53,6 +56,14 @@ rule quantize:
         "../scripts/quantize.py"
 
 
+use rule quantize as quantize_apart with:
+    output:
+        block="results/{release}/blocks/{block}.safetensors",
+        record="results/{release}/blocks/{block}.json",
+    wildcard_constraints:
+        release=made_by("quantize_apart"),
+
+
 rule copy_block:
     input:
         keep=keep_list,
@@ -65,8 +76,8 @@ rule copy_block:
     benchmark:
         "results/benchmarks/copy_block/{release}/{block}.tsv"
     wildcard_constraints:
-        release=releases_that(quantize=False),
-    priority: first_blocks_first
+        release=made_by("copy_block"),
+    priority: tuners_first
     conda:
         "../envs/requant.yaml"
     params:

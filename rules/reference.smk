@@ -4,6 +4,7 @@ REQUIRED INPUTS   tokens               results/calibration/{source}/{calibration
                   of a pruned model    results/{model}/prune/keep.json (or keep_{block}.json)
 OUTPUTS           embeddings           results/reference/{model}/{calibration}/embedded.safetensors
                   output of a block    results/reference/{model}/{calibration}/hidden_{block}.safetensors
+                  of held-out tokens   heldout_embedded.safetensors, heldout_hidden_{block}.safetensors beside either
                   expert hits          results/reference/{model}/{calibration}/routing_{block}.json
                   their saliencies     results/reference/{model}/{calibration}/saliency_{block}.csv
 
@@ -17,7 +18,8 @@ rule embed:
         tokens=tokens_of,
         shards=outer_shards,
     output:
-        hidden="results/reference/{model}/{calibration}/embedded.safetensors",
+        hidden=hidden_states("results/reference/{model}/{calibration}/embedded.safetensors"),
+        heldout="results/reference/{model}/{calibration}/heldout_embedded.safetensors",
     log:
         "logs/embed/{model}/{calibration}.log",
     benchmark:
@@ -35,10 +37,12 @@ rule reference:
     input:
         tokens=tokens_of,
         hidden=reference_before,
+        heldout=heldout_before,
         keep=keep_list,
         shards=block_shards,
     output:
-        hidden="results/reference/{model}/{calibration}/hidden_{block}.safetensors",
+        hidden=hidden_states("results/reference/{model}/{calibration}/hidden_{block}.safetensors"),
+        heldout="results/reference/{model}/{calibration}/heldout_hidden_{block}.safetensors",
         routing="results/reference/{model}/{calibration}/routing_{block}.json",
         saliency="results/reference/{model}/{calibration}/saliency_{block}.csv",
     log:

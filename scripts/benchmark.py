@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.benchmark import run_benchmark
 from requant.config import Benchmark
 from requant.jobs import job
@@ -11,7 +12,7 @@ from requant.packed import PackedCheckpoint
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
     run_benchmark(
         snakemake.wildcards.release,
         PackedCheckpoint(Path(snakemake.input.packed[0]).parent / "model"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.benchmark import run_benchmark
 from requant.checkpoint import Checkpoint
 from requant.config import Benchmark
@@ -12,7 +13,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
     run_benchmark(
         snakemake.wildcards.model,
         Checkpoint(snakemake.params.source, read_keep(snakemake.input.keep)),

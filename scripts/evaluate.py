@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.evaluate import evaluate
 from requant.jobs import job, progress
 from requant.records import read_keep
@@ -10,7 +11,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
     record = evaluate(
         Path(snakemake.params.source),
         Path(snakemake.input.packed[0]).parent / "model",

@@ -13,7 +13,7 @@ from requant.served_copy import check_files, why_decoded
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log.job, snakemake.input):
+with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
     manifest, record = Path(snakemake.input.packed[0]), Path(snakemake.output.record)
     packed, made = manifest.parent / "model", read_json(manifest, PackRecord)
     target = Target.model_validate(snakemake.params.target)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.chain import observe_block
 from requant.jobs import job, progress
 from requant.saliency import write_table
@@ -9,7 +10,7 @@ from requant.saliency import write_table
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
     block = int(snakemake.wildcards.block)
     table = observe_block(
         snakemake.params.source, snakemake.input.tokens, snakemake.input.hidden, block, snakemake.params.device

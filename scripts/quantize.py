@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.config import Tuning
 from requant.gate import check_open
 from requant.jobs import job
@@ -10,7 +11,7 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.tuning["device"])):
     check_open(Path(snakemake.output.block).parents[1])
     from requant.quantize import BlockJob, quantize_block
     from requant.records import read_keep
@@ -31,5 +32,5 @@ with job(snakemake.log[0], snakemake.input):
         ),
         Path(snakemake.output.block),
         Path(snakemake.output.record),
-        Path(snakemake.output.hidden),
+        Path(hidden) if (hidden := snakemake.output.get("hidden")) else None,
     )

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from requant.assignment import gpus_of
 from requant.chain import run_reference_block
 from requant.jobs import job, progress
 from requant.records import read_keep
@@ -9,7 +10,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
     record = run_reference_block(
         snakemake.params.source,
         snakemake.input.tokens,

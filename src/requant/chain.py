@@ -1,6 +1,7 @@
 """The reference chain: hidden states of the source model between its blocks, computed once for every release.
 
-`embedded` holds the embeddings, hidden_{i} the output of block i; calibration and held-out tokens go side by side.
+`embedded` holds the embeddings, hidden_{i} the output of block i, of the calibration tokens; heldout_embedded and
+heldout_hidden_{i} beside them those of the held-out tokens, which are few and go with them.
 Every pass runs on one thread, whatever the environment says: the last bits of some sums depend on their number.
 """
 
@@ -12,6 +13,7 @@ import torch
 
 from requant.architecture import block_of, expert_counts
 from requant.checkpoint import Checkpoint
+from requant.disk import heldout_beside
 from requant.jobs import peak_memory_bytes
 from requant.reap import Watch
 from requant.records import KeepList, RoutingRecord, write_json
@@ -28,6 +30,12 @@ def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None
     return {part: None if bool(mask.all()) else mask for part, mask in masks.items()}
 
 
+def save_states(path: str | Path, states: dict[str, torch.Tensor]) -> None:
+    """Writes hidden states, BF16 [n, seqlen, width]: `calibration` to `path`, `heldout` beside it."""
+    save(heldout_beside(path), {"heldout": states["heldout"]})
+    save(path, {"calibration": states["calibration"]})
+
+
 def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) -> None:
     """Writes the embeddings of the calibration and held-out tokens, BF16 [n, seqlen, width] each.
 
@@ -39,7 +47,7 @@ def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) 
     for name in model.checkpoint.index:
         if block_of(name, model.blocks) is None:
             model.checkpoint.read([name])
-    save(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
+    save_states(hidden_path, {part: model.embed(tokens[part]) for part in ("calibration", "heldout")})
 
 
 def observe_block(
@@ -74,11 +82,11 @@ def run_reference_block(
     start = time.monotonic()
     torch.set_num_threads(1)
     model = StreamedModel(Checkpoint(source, keep), device)
-    hidden, masks = load(hidden_path), load_masks(load(tokens_path))
+    hidden, masks = load(hidden_path) | load(heldout_beside(hidden_path)), load_masks(load(tokens_path))
     module = model.block(block)
     watches = {"calibration": Watch(), "heldout": None}
     seen = {part: observe(model, module, hidden[part], masks[part], watch=watch) for part, watch in watches.items()}
-    save(out_hidden, {part: found.output for part, found in seen.items()})
+    save_states(out_hidden, {part: found.output for part, found in seen.items()})
     write_table(out_saliency, watches["calibration"].table(group_count(model.checkpoint.config)))
     counts = seen["calibration"].tokens_per_expert
     mask = masks["calibration"]

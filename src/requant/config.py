@@ -183,7 +183,12 @@ class Tuning(Section):
     minmax: bool = Field(True, description="tune the group scales too")
     momentum: float = Field(0.0, ge=0, lt=1, description="of the optimizer")
     inputs: Literal["quantized", "reference"] = Field(
-        "quantized", description="quantized: a block sees what the quantized blocks before it give"
+        "quantized",
+        description="quantized: a block sees what the quantized blocks before it give, and waits for them; reference: "
+        "what the source's give, so that blocks are tuned side by side",
+    )
+    segment: PositiveInt | None = Field(
+        None, description="with inputs: quantized, blocks of a chain, whose first sees the source's; all if absent"
     )
     best_mse: bool = Field(True, description="keep the parameters of the lowest loss, not the last ones")
     judge: Literal["samples", "minibatch"] | None = Field(
@@ -319,6 +324,16 @@ class Release(Section):
     deploy: Deploy = Deploy()
     benchmark: str = Field("default", description="what to measure: a name in `benchmarks`")
     reproduce: Reproduce = Reproduce()
+
+    @property
+    def chained(self) -> bool:
+        """Whether a block is tuned on what the quantized blocks before it give, and so waits for them."""
+        return SCHEMES[self.scheme].quantizes and self.tuning.inputs == "quantized"
+
+    @property
+    def made_by(self) -> str:
+        """The rule that makes its blocks."""
+        return ("quantize" if self.chained else "quantize_apart") if SCHEMES[self.scheme].quantizes else "copy_block"
 
     @model_validator(mode="after")
     def _patterns_compile(self):
@@ -641,6 +656,11 @@ class Config(Section):
     publish: Publish = Publish()
     sandbox: Sandbox = Sandbox()
     build: list[str] = Field(min_length=1, description="The releases that `model_card.md` covers, in its order.")
+    keep_hidden_states: bool = Field(
+        True,
+        description="false: a file of hidden states goes when the last job that reads it is done; a later change "
+        "goes through the chain again",
+    )
     device: str = Field(
         "cpu",
         pattern=r"^(cpu|cuda(:\d+)?)$",

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from requant.assignment import taken
 from requant.config import Target
 from requant.engine_command import LOOPBACK, MOUNTED, engine_command
 from requant.errors import RequantError, brief, plain
@@ -321,9 +322,9 @@ def _running(
     reader = None
     try:
         try:
-            labels = request["labels"] | {OWNER: mine}
+            own = {"labels": request["labels"] | {OWNER: mine}} | _gpus_of_this_job(request)
             # No proxy of the user's own Docker client: it would be in the container's environment.
-            container = client.containers.create(**request | {"labels": labels}, use_config_proxy=False)
+            container = client.containers.create(**request | own, use_config_proxy=False)
             container.start()
         except (docker.errors.APIError, requests.RequestException) as error:
             raise RequantError(_refused(request, said_by(error))) from error
@@ -333,6 +334,14 @@ def _running(
     finally:
         with undisturbed():
             _remove(client, request["name"], mine, reader)
+
+
+def _gpus_of_this_job(request: dict[str, Any]) -> dict[str, Any]:
+    """The GPUs of `request` by name, where this job has some for itself: an engine takes no other's."""
+    names = taken()
+    if not names or "device_requests" not in request:
+        return {}
+    return {"device_requests": [{"DeviceIDs": names, "Capabilities": [["gpu"]]}]}
 
 
 def _refused(request: dict[str, Any], said: str) -> str:

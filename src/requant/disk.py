@@ -15,6 +15,11 @@ from requant.sizes import Shaped, file_bytes
 from requant.whole import REFUSALS
 
 
+def heldout_beside(path: str | Path) -> Path:
+    """The file of the held-out tokens' hidden states, beside that of the calibration tokens'."""
+    return Path(path).with_name(f"heldout_{Path(path).name}")
+
+
 def tokens_bytes(calibration: Calibration) -> int:
     """Bytes of tokens.safetensors: int32 tokens and their masks."""
     parts = {"calibration": calibration.nsamples, "heldout": calibration.heldout.nsamples}
@@ -23,35 +28,46 @@ def tokens_bytes(calibration: Calibration) -> int:
     return file_bytes(tensors)
 
 
-def hidden_bytes(calibration: Calibration, width: int, heldout: bool) -> int:
-    """Bytes of a file of BF16 hidden states: of calibration tokens, and of held-out ones in the reference chain."""
-    tensors = {"calibration": Shaped("BF16", (calibration.nsamples, calibration.seqlen, width))}
-    if heldout:
-        tensors["heldout"] = Shaped("BF16", (calibration.heldout.nsamples, calibration.seqlen, width))
-    return file_bytes(tensors)
+def hidden_bytes(calibration: Calibration, width: int) -> int:
+    """Bytes of a file of BF16 hidden states of the calibration tokens."""
+    return file_bytes({"calibration": Shaped("BF16", (calibration.nsamples, calibration.seqlen, width))})
+
+
+def heldout_bytes(calibration: Calibration, width: int) -> int:
+    """Bytes of a file of BF16 hidden states of the held-out tokens."""
+    return file_bytes({"heldout": Shaped("BF16", (calibration.heldout.nsamples, calibration.seqlen, width))})
 
 
 def reference_files(
-    model: str, source: str, name: str, calibration: Calibration, config: dict[str, Any], ends: bool = True
+    model: str,
+    source: str,
+    name: str,
+    calibration: Calibration,
+    config: dict[str, Any],
+    ends: bool = True,
+    kept: bool = True,
 ) -> dict[str, int]:
     """Size of each file of tokens and hidden states of a model's reference chain; `name` is the calibration's.
 
     source: the model that it is pruned from, and whose tokens it has; itself if it is not pruned. ends: whether its
-    last block is run.
+    last block is run. kept: whether all files stay (`keep_hidden_states`); else two are there at a time, at least.
     """
     reference, blocks = f"results/reference/{model}/{name}", range(config["num_hidden_layers"] - (not ends))
-    states = [f"{reference}/embedded.safetensors", *(f"{reference}/hidden_{block}.safetensors" for block in blocks)]
+    states, width = ["embedded", *(f"hidden_{block}" for block in blocks)], config["hidden_size"]
     files = {f"results/calibration/{source}/{name}/tokens.safetensors": tokens_bytes(calibration)}
-    return files | dict.fromkeys(states, hidden_bytes(calibration, config["hidden_size"], heldout=True))
+    at_once = states if kept else states[:2]
+    files |= {f"{reference}/{state}.safetensors": hidden_bytes(calibration, width) for state in at_once}
+    return files | {f"{reference}/heldout_{state}.safetensors": heldout_bytes(calibration, width) for state in states}
 
 
 def chain_files(
-    release: str, calibration: Calibration, config: dict[str, Any], quantizes: bool = True
+    release: str, calibration: Calibration, config: dict[str, Any], chained: bool = True, kept: bool = True
 ) -> dict[str, int]:
-    """Size of each file of hidden states of the release itself; one whose scheme does not quantize has none."""
-    blocks = range(config["num_hidden_layers"] if quantizes else 0)
+    """Size of each file of hidden states of the release itself; none of one that is not `chained`: it does not
+    quantize, or each of its blocks is tuned on the reference chain. kept: as for `reference_files`, of one file."""
+    blocks = range((config["num_hidden_layers"] if kept else 1) if chained else 0)
     own = [f"results/{release}/chain/{block}.safetensors" for block in blocks]
-    return dict.fromkeys(own, hidden_bytes(calibration, config["hidden_size"], heldout=False))
+    return dict.fromkeys(own, hidden_bytes(calibration, config["hidden_size"]))
 
 
 def files_to_come(release: str, chain: dict[str, int], blocks: int, stored: int, weight_bits: int) -> dict[str, int]:

@@ -118,7 +118,8 @@ def evaluate(
     original_hidden: Path | None = None,
     device: str = "cpu",
 ) -> EvaluateRecord:
-    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files: embedded, hidden_0, ....
+    """Evaluates the release in `packed_dir`. `hidden`: the reference chain's files of held-out tokens, the
+    embeddings first.
 
     keep: the experts that a pruned model has of the source; original_hidden: the end of the chain of the model that it
     is pruned from.

@@ -10,18 +10,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from requant.assignment import take
 from requant.errors import RequantError
 
 COMPUTES = False  # what surrounds a job: its log, its errors, its end
 
 
 @contextlib.contextmanager
-def job(log_path: str, inputs: Iterable[str] = ()) -> Iterator[None]:
+def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[None]:
     """Runs a job's body: output of libraries goes to the log, an error becomes one line on stderr that names the log.
 
     `progress` lines go to both. The process ends with its parent: after SIGKILL of the build no job may go on
     writing beside the one that takes its place. Those of the job's `inputs` that an earlier job has hashed are held
-    against that (`requant.intact`).
+    against that (`requant.intact`). The body sees `gpus` GPUs that no other job has (`requant.assignment`).
     """
     path = Path(log_path)
     _end_with_parent()
@@ -34,6 +35,7 @@ def job(log_path: str, inputs: Iterable[str] = ()) -> Iterator[None]:
         _TERMINAL.append(terminal)
         try:
             _check_inputs(inputs)
+            take(gpus)
             yield
         except RequantError as error:
             _end_with(str(error), path)

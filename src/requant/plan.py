@@ -278,8 +278,7 @@ def load_test_bytes(subject: Subject, model: Structure, decoded: bool) -> int:
 
 def states(subject: Subject, model: Structure) -> dict[str, int]:
     """Size of each file of tokens and hidden states that the release rests on, or has of its own."""
-    quantizes = SCHEMES[subject.settings.scheme].quantizes
-    files = chain_files(subject.release, subject.calibration, model.config, quantizes)
+    files = chain_files(subject.release, subject.calibration, model.config, subject.settings.chained)
     for walked, name, calibration in subject.chains():
         files |= reference_files(walked, subject.files_of, name, calibration, model.config)
     if subject.prune is not None and subject.prune.observe == "sequential":
@@ -343,7 +342,7 @@ def jobs(subjects: Iterable[Subject], sources: dict[str, Source]) -> dict[str, i
         blocks, model = source.structure.blocks, settings.model
         quantizes = SCHEMES[settings.scheme].quantizes
         any_quantized = any_quantized or quantizes
-        found.update({"quantize" if quantizes else "copy_block": blocks})
+        found.update({settings.made_by: blocks})
         found.update([*PER_RELEASE, *subject.publishing, *(["plot_release"] if quantizes else [])])
         found.update(["load_test"] if load_test_blocks(settings, source.structure) else [])
         once |= {(source.check, files, name) for name in source.files or ()}

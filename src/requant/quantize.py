@@ -152,13 +152,13 @@ class Made:
     """A block's result, in the CPU's memory.
 
     tensors: what is packed, names as `naming` has them. losses: by iteration; kept: the one whose parameters are
-    shipped. output: BF16 [n, T, width], what the block gives as shipped.
+    shipped. output: BF16 [n, T, width], what the block gives as shipped, if that was asked for.
     """
 
     tensors: dict[str, torch.Tensor]
     losses: list[float]
     kept: int
-    output: torch.Tensor
+    output: torch.Tensor | None
 
 
 def make_block(
@@ -169,8 +169,10 @@ def make_block(
     targets: torch.Tensor,
     mask: torch.Tensor | None,
     report: Callable[[int, float], None],
+    run_on: bool = True,
 ) -> Made:
-    """Tunes and packs a prepared block, which is taken apart for it, and runs what was packed over `hidden`."""
+    """Tunes and packs a prepared block, which is taken apart for it, and, to `run_on`, runs what was packed over
+    `hidden`."""
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
     block, linears, scales = prepared.block, prepared.linears, prepared.tensor_scales
     source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
@@ -199,6 +201,8 @@ def make_block(
             weights[name].weight.unflatten(-1, (-1, scheme.group_size))[groups.to(weights[name].weight.device)] = 0
     tensors = packed_tensors(kept_as_they_are, weights, prepared.peaks, scheme)
     del weights
+    if losses and not run_on:
+        return Made(tensors, losses, kept, None)
     shipped = shipped_block(model, job.block, tensors, linears, scheme)
     output = observe(model, shipped, hidden, mask).output
     return Made(tensors, losses or [mean_squared_error(output, targets, mask)], kept, output)
@@ -213,11 +217,11 @@ def zero_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor | None:
     return found if bool(found.any()) else None
 
 
-def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path) -> BlockRecord:
+def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden: Path | None) -> BlockRecord:
     """Quantizes one block and writes its packed tensors, its record and the inputs of the next block.
 
     `out_hidden` gets BF16 `calibration` [n, seqlen, width]: what the block gives as shipped, decoded from the packed
-    tensors, activations rounded as the scheme says.
+    tensors, activations rounded as the scheme says; None where the next block is tuned on other inputs.
     """
     start = time.monotonic()
     torch.set_num_threads(job.tuning.threads)
@@ -234,9 +238,10 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     progress(
         f"{job.release} block {job.block} (of {model.blocks}): {len(linears)} Linears, {job.tuning.iters} iterations"
     )
-    made = make_block(model, job, prepared, hidden, targets, mask, _reporter(job, model.blocks))
+    made = make_block(model, job, prepared, hidden, targets, mask, _reporter(job, model.blocks), out_hidden is not None)
     save(out_block, {released_name(name, model.checkpoint.config): tensor for name, tensor in made.tensors.items()})
-    save(out_hidden, {"calibration": made.output})
+    if out_hidden is not None:
+        save(out_hidden, {"calibration": made.output})
     losses, best = made.losses, made.kept
     record = BlockRecord(
         release=job.release,

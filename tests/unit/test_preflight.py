@@ -7,7 +7,15 @@ from collections import namedtuple
 import pytest
 
 from requant.config import Calibration, Release
-from requant.disk import chain_files, check_room, files_to_come, hidden_bytes, reference_files, tokens_bytes
+from requant.disk import (
+    chain_files,
+    check_room,
+    files_to_come,
+    heldout_bytes,
+    hidden_bytes,
+    reference_files,
+    tokens_bytes,
+)
 from requant.errors import RequantError
 from requant.preflight import check_context, check_group, check_numbers, check_source
 
@@ -88,13 +96,22 @@ def chain() -> dict[str, int]:
     return reference_files("m", "m", "c", CALIBRATION, DENSE) | chain_files("r", CALIBRATION, DENSE)
 
 
-def test_a_chain_has_a_file_a_block_and_the_embeddings(here):
+def test_a_chain_has_a_file_a_block_and_the_embeddings_and_those_of_held_out_tokens(here):
     files = chain()
-    assert len(files) == 1 + 11 + 10
-    states = 64 * 32 * 1024 * 2
-    assert states < files["results/r/chain/9.safetensors"] == hidden_bytes(CALIBRATION, 1024, False) < states + 200
-    assert files["results/reference/m/c/embedded.safetensors"] - hidden_bytes(CALIBRATION, 1024, True) == 0
+    assert len(files) == 1 + 2 * 11 + 10
+    a_token = 32 * 1024 * 2
+    assert 64 * a_token < files["results/r/chain/9.safetensors"] == hidden_bytes(CALIBRATION, 1024) < 64 * a_token + 200
+    assert files["results/reference/m/c/embedded.safetensors"] == hidden_bytes(CALIBRATION, 1024)
+    assert 8 * a_token < files["results/reference/m/c/heldout_hidden_9.safetensors"] < 8 * a_token + 200
     assert tokens_bytes(CALIBRATION) - 72 * 32 * 5 < 500
+
+
+def test_hidden_states_that_go_when_they_were_read_are_three_at_a_time(here):
+    kept = {"kept": False}
+    files = reference_files("m", "m", "c", CALIBRATION, DENSE, **kept) | chain_files("r", CALIBRATION, DENSE, **kept)
+    assert list(files.values()).count(hidden_bytes(CALIBRATION, 1024)) == 3
+    assert sum("heldout" in path for path in files) == 11
+    assert chain_files("r", CALIBRATION, DENSE, chained=False) == {}
 
 
 def test_only_files_that_are_not_there_are_still_to_come(here):
@@ -139,7 +156,8 @@ def test_each_disk_counts_its_own_files(here, monkeypatch):
         return namedtuple("result", "st_dev st_mode")(2 if "reference" in str(path) else 1, found.st_mode)
 
     usage = namedtuple("usage", "total used free")
-    own, shared = hidden_bytes(CALIBRATION, 1024, False), hidden_bytes(CALIBRATION, 1024, True)
+    own = hidden_bytes(CALIBRATION, 1024)
+    shared = own + heldout_bytes(CALIBRATION, 1024)
     free = {True: 11 * shared, False: 10 * own + tokens_bytes(CALIBRATION)}
     monkeypatch.setattr("requant.disk.os.stat", stat)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free["reference" in str(path)]))
