@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from snakemake.io import IOFile
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
@@ -35,7 +36,14 @@ from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
-from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
+from requant.planning import (
+    check_hub_model,
+    check_locked_source,
+    check_storage,
+    made_here,
+    model_to_lock,
+    text_files,
+)
 from requant.preflight import check_context, check_group, check_model, check_source
 from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
@@ -98,6 +106,12 @@ def or_warn(function, *arguments):
 ASKED = ("model", "release", "upload")
 GIVEN = {key: value for key, value in config.items() if key not in ASKED}
 CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
+
+or_stop(
+    check_storage,
+    workflow.storage_settings.default_storage_provider,
+    SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage,
+)
 
 if workflow.is_main_process:
     if not workflow.output_settings.dryrun:
