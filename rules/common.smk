@@ -120,7 +120,7 @@ if workflow.is_main_process:
     drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
     if (other := other_build(os.getcwd())) is not None:
         print(
-            f"another build is running here (process {other}): wait for it or end it; --unlock is for dead builds",
+            f"another build is running here ({other}): wait for it or end it; --unlock is for dead builds",
             file=sys.stderr,
         )
 
