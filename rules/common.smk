@@ -28,7 +28,7 @@ from requant.checkpoint import INDEX, Checkpoint
 from requant.config import PUBLIC, parse as parse_config, verify_limits
 from requant.cut import blocks_to_load, check_load_test
 from requant.disk import chain_files, check_room, check_writable, files_to_come, reference_files
-from requant.download import HubModel, check_download_room
+from requant.download import check_download_room, remote_model
 from requant.errors import RequantError
 from requant.fp8 import without_scales
 from requant.gate import open_again
@@ -37,6 +37,7 @@ from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
 from requant.planning import (
+    check_bucket_model,
     check_hub_model,
     check_locked_source,
     check_storage,
@@ -142,14 +143,16 @@ def source_name(model):
     return CONFIG.models[model].source_model or model
 
 
-def is_from_hub(model):
-    return CONFIG.models[source_name(model)].hub is not None
+def is_remote(model):
+    """Whether a model's files come from the hub or a bucket."""
+    source = CONFIG.models[source_name(model)]
+    return source.hub is not None or source.bucket is not None
 
 
 def source_dir(model):
-    """Where a checkpoint is read; for a model from the hub a folder of links to its files, made by `download`."""
+    """Where a checkpoint is read; for a remote model a folder of links to its files, made by `download`."""
     source = source_name(model)
-    if is_from_hub(model):
+    if is_remote(model):
         return f"results/source/{source}/checkpoint"
     return located(os.path.expanduser(CONFIG.models[source].path).rstrip("/"))
 
@@ -158,7 +161,7 @@ def lock_file(model):
     """The model's lock, or None if it has none. The checkout's locks pin its own local checkpoints only."""
     here = Path("locks") / f"{source_name(model)}.json"
     beside = Path(workflow.basedir) / here
-    own = is_from_hub(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
+    own = is_remote(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
     return next((str(path) for path in (here, beside) if path.exists() and (path == here or own)), None)
 
 
@@ -168,10 +171,13 @@ def lock_at(path):
 
 
 @cache
-def hub_lock(model):
-    """The lock of a model from the hub. Stops the planning if there is none, or if it is of another commit."""
+def remote_lock(model):
+    """The lock of a remote model. Stops the planning if there is none, or if it is of another commit."""
     lock, source = lock_at(lock_file(model)) if lock_file(model) else None, source_name(model)
-    or_stop(check_hub_model, source, CONFIG.models[source].revision, lock)
+    if CONFIG.models[source].bucket:
+        or_stop(check_bucket_model, source, lock)
+    else:
+        or_stop(check_hub_model, source, CONFIG.models[source].revision, lock)
     return lock
 
 
@@ -187,10 +193,10 @@ def checkpoint_plan(model):
         or_stop(check_counts, model, or_stop(places, shard_of, source_config), source_config)
         return pruned_config(source_config, kept), shard_of, files
     path = lock_file(model)
-    if is_from_hub(model) or path is not None:
-        lock = hub_lock(model) if is_from_hub(model) else lock_at(path)
+    if is_remote(model) or path is not None:
+        lock = remote_lock(model) if is_remote(model) else lock_at(path)
         if model != config.get("model"):  # a lock that is made anew may be of other files
-            if not is_from_hub(model):
+            if not is_remote(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
             or_stop(check_model, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
@@ -280,34 +286,42 @@ def model_asked_for(wildcards):
 
 
 def source_asked_for(wildcards):
-    """Where the model of `--config model=NAME` is: its path, or its repository and revision."""
+    """Where the model of `--config model=NAME` is: its path, its repository and revision, or its bucket."""
     settings = CONFIG.models[model_asked_for(wildcards)]
     if settings.hub:
         return {"hub": settings.hub, "revision": settings.revision}
+    if settings.bucket:
+        return {"bucket": settings.bucket}
     return {"path": source_dir(model_asked_for(wildcards))}
 
 
-def hub_models():
-    """A pattern of the models that come from the hub; of nothing if none does."""
-    return "|".join(re.escape(name) for name, model in CONFIG.models.items() if model.hub) or "(?!)"
+def remote_models():
+    """A pattern of the models that come from the hub or a bucket; of nothing if none does."""
+    found = [name for name, model in CONFIG.models.items() if model.hub or model.bucket]
+    return "|".join(map(re.escape, found)) or "(?!)"
 
 
 def repository_of(wildcards):
-    """The repository, commit and directory of a model from the hub."""
-    settings = CONFIG.models[source_name(wildcards.model)]
+    """Where a remote model's files are and go to: repository, commit and directory, or address and directory."""
+    source = source_name(wildcards.model)
+    settings = CONFIG.models[source]
+    if settings.bucket:
+        return {
+            "bucket": settings.bucket,
+            "directory": settings.directory or f"results/source/{source}/bucket",
+        }
     return {"hub": settings.hub, "commit": settings.revision, "directory": settings.directory}
 
 
 @cache
 def room_for_downloads(model):
     """Stops a build whose downloads do not fit their disk."""
-    or_warn(
-        check_download_room, model, HubModel(**repository_of(SimpleNamespace(model=model))), hub_lock(model)
-    )
+    place = remote_model(repository_of(SimpleNamespace(model=model)))
+    or_warn(check_download_room, model, place, remote_lock(model))
 
 
 def lock_to_download(wildcards):
-    """The lock of a model from the hub, once there is room for its files."""
+    """The lock of a remote model, once there is room for its files."""
     room_for_downloads(wildcards.model)
     return lock_of(wildcards)
 
@@ -1144,10 +1158,10 @@ def card_subjects(_):
 
 
 def plan_subject(release):
-    """What requant.plan.Subject holds of a release. A model from the hub has to have its lock."""
+    """What requant.plan.Subject holds of a release. A remote model has to have its lock."""
     settings = CONFIG.releases[release]
-    if is_from_hub(settings.model):
-        hub_lock(settings.model)
+    if is_remote(settings.model):
+        remote_lock(settings.model)
     return {
         "release": release,
         "settings": settings.model_dump(mode="json"),
@@ -1162,7 +1176,7 @@ def plan_subject(release):
             for name, entry in CONFIG.benchmarks[settings.benchmark].served.items()
         },
         "repository": (
-            repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
+            repository_of(SimpleNamespace(model=settings.model)) if is_remote(settings.model) else None
         ),
     } | pruning_subject(settings.model)
 

@@ -71,6 +71,15 @@ def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None
         )
 
 
+def check_bucket_model(model: str, lock: Lock | None) -> None:
+    """Raises RequantError if a model in a bucket has no `lock`."""
+    if lock is None:
+        raise RequantError(
+            f"locks/{model}.json: not there; a model in a bucket is planned from its lock: run "
+            f"`snakemake --cores 1 lock --config model={model}`, with the --configfile of this build"
+        )
+
+
 def model_to_lock(asked: object, models: Iterable[str]) -> str:
     """The model that `--config model=` names. Raises RequantError if there is none, or none of that name."""
     known = ", ".join(sorted(models))
