@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from requant.config import ADDRESS
 from requant.errors import RequantError
@@ -56,6 +56,27 @@ def sizes(folder: Folder) -> dict[str, int]:
         return {entry["Key"].removeprefix(folder.key("")): entry["Size"] for entry in entries}
 
     return {name: size for name, size in patiently(listed, folder.url("")).items() if name}
+
+
+def names_below(folder: Folder, name: str) -> set[str]:
+    """The names of the files that are below `name`, from there on."""
+
+    def listed() -> set[str]:
+        pages, top = client().get_paginator("list_objects_v2"), folder.key(f"{name}/")
+        found = pages.paginate(Bucket=folder.bucket, Prefix=top)
+        return {entry["Key"].removeprefix(top) for page in found for entry in page.get("Contents", [])}
+
+    return patiently(listed, folder.url(f"{name}/"))
+
+
+def put(folder: Folder, name: str, file: BinaryIO) -> None:
+    """Sends a file, a large one in parts: it appears whole. Raises what boto3 raises."""
+    from boto3.exceptions import S3UploadFailedError
+
+    try:
+        client().upload_fileobj(file, folder.bucket, folder.key(name))
+    except S3UploadFailedError as error:
+        raise error.__cause__ or error from None
 
 
 def pieces(folder: Folder, name: str, start: int, size: int) -> Iterator[bytes]:
@@ -127,7 +148,8 @@ def may_pass(error: Exception) -> bool:
 
     if isinstance(error, exceptions.ClientError):
         return _status(error) in TRANSIENT or _code(error) in ("SlowDown", "RequestTimeout", "InternalError")
-    return isinstance(error, exceptions.HTTPClientError | exceptions.IncompleteReadError)
+    line = exceptions.HTTPClientError | exceptions.ConnectionError | exceptions.IncompleteReadError
+    return isinstance(error, line)
 
 
 def describe(error: Exception) -> str | None:
@@ -147,7 +169,7 @@ def describe(error: Exception) -> str | None:
         return f"{status} {code} from the server"
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return f"no credentials; {LOGIN}"
-    if isinstance(error, exceptions.HTTPClientError):
+    if isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError):
         return f"no answer ({type(error).__name__})"
     if isinstance(error, exceptions.IncompleteReadError):
         return "the file came short"
