@@ -20,6 +20,7 @@ from requant.bucketlock import make_bucket_lock
 from requant.download import bytes_to_come, obtain
 from requant.errors import RequantError
 from requant.locks import make_lock
+from requant.planning import check_bucket_model
 from requant.records import Lock
 from requant.stored import MANIFEST, restore, store
 
@@ -142,6 +143,14 @@ def test_credentials_that_lack_or_do_not_serve_are_told_without_them(held, lock,
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     bucket.client.cache_clear()
     assert "no answer (EndpointConnectionError), 3 times in a row" in line(obtain, model, name, lock)
+
+
+def test_planning_names_the_command_that_makes_a_lock(lock):
+    check_bucket_model("mine", lock)
+    assert line(check_bucket_model, "mine", None) == (
+        "locks/mine.json: not there; a model in a bucket is planned from its lock: run "
+        "`snakemake --cores 1 lock --config model=mine`, with the --configfile of this build"
+    )
 
 
 # Builds
