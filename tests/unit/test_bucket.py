@@ -190,10 +190,12 @@ def quiet(_: str) -> None:
 
 
 def test_a_build_comes_back_elsewhere_as_it_was(server, build, tmp_path, monkeypatch):
+    (build / "results/r/large").write_bytes(os.urandom(9 << 20))  # boto3 sends it in parts
     left = {"results/r/.x.1.partial", "results/r/load_test.failed", "results/r/.nfs01", "results/r/cut.json"}
     wanted = {name: found for name, found in snapshot(build).items() if name not in left}
     assert main.main(["store", f"s3://{BUCKET}/b"]) == 0
-    assert len(server.keys("b/objects/")) == 2, "each content once"
+    assert len(server.keys("b/objects/")) == 3, "each content once"
+    assert sum(method == "PUT" and "objects" in path for method, path, _ in server.requests) == 4, "one in two parts"
     other = tmp_path / "other"
     monkeypatch.chdir(other)
     assert main.main(["restore", f"s3://{BUCKET}/b"]) == 0
