@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from snakemake.io import IOFile
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 LIBRARY = Path(workflow.basedir) / "src"
 sys.path.insert(0, str(LIBRARY))
@@ -34,7 +35,7 @@ from requant.disk import (
     heldout_beside,
     reference_files,
 )
-from requant.download import HubModel, check_download_room
+from requant.download import check_download_room, remote_model
 from requant.errors import RequantError
 from requant.fp8 import without_scales
 from requant.gate import open_again
@@ -42,7 +43,15 @@ from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
-from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
+from requant.planning import (
+    check_bucket_model,
+    check_hub_model,
+    check_locked_source,
+    check_storage,
+    made_here,
+    model_to_lock,
+    text_files,
+)
 from requant.preflight import check_context, check_group, check_model, check_source
 from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
@@ -106,6 +115,12 @@ ASKED = ("model", "release", "upload")
 GIVEN = {key: value for key, value in config.items() if key not in ASKED}
 CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
 
+or_stop(
+    check_storage,
+    workflow.storage_settings.default_storage_provider,
+    SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage,
+)
+
 if workflow.is_main_process:
     if not workflow.output_settings.dryrun:
         or_stop(check_writable, ".", "results", "logs", ".snakemake")
@@ -113,7 +128,7 @@ if workflow.is_main_process:
     drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
     if (other := other_build(os.getcwd())) is not None:
         print(
-            f"another build is running here (process {other}): wait for it or end it; --unlock is for dead builds",
+            f"another build is running here ({other}): wait for it or end it; --unlock is for dead builds",
             file=sys.stderr,
         )
 
@@ -135,14 +150,16 @@ def source_name(model):
     return CONFIG.models[model].source_model or model
 
 
-def is_from_hub(model):
-    return CONFIG.models[source_name(model)].hub is not None
+def is_remote(model):
+    """Whether a model's files come from the hub or a bucket."""
+    source = CONFIG.models[source_name(model)]
+    return source.hub is not None or source.bucket is not None
 
 
 def source_dir(model):
-    """Where a checkpoint is read; for a model from the hub a folder of links to its files, made by `download`."""
+    """Where a checkpoint is read; for a remote model a folder of links to its files, made by `download`."""
     source = source_name(model)
-    if is_from_hub(model):
+    if is_remote(model):
         return f"results/source/{source}/checkpoint"
     return located(os.path.expanduser(CONFIG.models[source].path).rstrip("/"))
 
@@ -151,7 +168,7 @@ def lock_file(model):
     """The model's lock, or None if it has none. The checkout's locks pin its own local checkpoints only."""
     here = Path("locks") / f"{source_name(model)}.json"
     beside = Path(workflow.basedir) / here
-    own = is_from_hub(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
+    own = is_remote(model) or Path(workflow.basedir).resolve() in Path(source_dir(model)).resolve().parents
     return next((str(path) for path in (here, beside) if path.exists() and (path == here or own)), None)
 
 
@@ -161,10 +178,13 @@ def lock_at(path):
 
 
 @cache
-def hub_lock(model):
-    """The lock of a model from the hub. Stops the planning if there is none, or if it is of another commit."""
+def remote_lock(model):
+    """The lock of a remote model. Stops the planning if there is none, or if it is of another commit."""
     lock, source = lock_at(lock_file(model)) if lock_file(model) else None, source_name(model)
-    or_stop(check_hub_model, source, CONFIG.models[source].revision, lock)
+    if CONFIG.models[source].bucket:
+        or_stop(check_bucket_model, source, lock)
+    else:
+        or_stop(check_hub_model, source, CONFIG.models[source].revision, lock)
     return lock
 
 
@@ -180,10 +200,10 @@ def checkpoint_plan(model):
         or_stop(check_counts, model, or_stop(places, shard_of, source_config), source_config)
         return pruned_config(source_config, kept), shard_of, files
     path = lock_file(model)
-    if is_from_hub(model) or path is not None:
-        lock = hub_lock(model) if is_from_hub(model) else lock_at(path)
+    if is_remote(model) or path is not None:
+        lock = remote_lock(model) if is_remote(model) else lock_at(path)
         if model != config.get("model"):  # a lock that is made anew may be of other files
-            if not is_from_hub(model):
+            if not is_remote(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
             or_stop(check_model, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
@@ -273,34 +293,42 @@ def model_asked_for(wildcards):
 
 
 def source_asked_for(wildcards):
-    """Where the model of `--config model=NAME` is: its path, or its repository and revision."""
+    """Where the model of `--config model=NAME` is: its path, its repository and revision, or its bucket."""
     settings = CONFIG.models[model_asked_for(wildcards)]
     if settings.hub:
         return {"hub": settings.hub, "revision": settings.revision}
+    if settings.bucket:
+        return {"bucket": settings.bucket}
     return {"path": source_dir(model_asked_for(wildcards))}
 
 
-def hub_models():
-    """A pattern of the models that come from the hub; of nothing if none does."""
-    return "|".join(re.escape(name) for name, model in CONFIG.models.items() if model.hub) or "(?!)"
+def remote_models():
+    """A pattern of the models that come from the hub or a bucket; of nothing if none does."""
+    found = [name for name, model in CONFIG.models.items() if model.hub or model.bucket]
+    return "|".join(map(re.escape, found)) or "(?!)"
 
 
 def repository_of(wildcards):
-    """The repository, commit and directory of a model from the hub."""
-    settings = CONFIG.models[source_name(wildcards.model)]
+    """Where a remote model's files are and go to: repository, commit and directory, or address and directory."""
+    source = source_name(wildcards.model)
+    settings = CONFIG.models[source]
+    if settings.bucket:
+        return {
+            "bucket": settings.bucket,
+            "directory": settings.directory or f"results/source/{source}/bucket",
+        }
     return {"hub": settings.hub, "commit": settings.revision, "directory": settings.directory}
 
 
 @cache
 def room_for_downloads(model):
     """Stops a build whose downloads do not fit their disk."""
-    or_warn(
-        check_download_room, model, HubModel(**repository_of(SimpleNamespace(model=model))), hub_lock(model)
-    )
+    place = remote_model(repository_of(SimpleNamespace(model=model)))
+    or_warn(check_download_room, model, place, remote_lock(model))
 
 
 def lock_to_download(wildcards):
-    """The lock of a model from the hub, once there is room for its files."""
+    """The lock of a remote model, once there is room for its files."""
     room_for_downloads(wildcards.model)
     return lock_of(wildcards)
 
@@ -1153,10 +1181,10 @@ def card_subjects(_):
 
 
 def plan_subject(release):
-    """What requant.plan.Subject holds of a release. A model from the hub has to have its lock."""
+    """What requant.plan.Subject holds of a release. A remote model has to have its lock."""
     settings = CONFIG.releases[release]
-    if is_from_hub(settings.model):
-        hub_lock(settings.model)
+    if is_remote(settings.model):
+        remote_lock(settings.model)
     return {
         "release": release,
         "settings": settings.model_dump(mode="json"),
@@ -1171,7 +1199,7 @@ def plan_subject(release):
             for name, entry in CONFIG.benchmarks[settings.benchmark].served.items()
         },
         "repository": (
-            repository_of(SimpleNamespace(model=settings.model)) if is_from_hub(settings.model) else None
+            repository_of(SimpleNamespace(model=settings.model)) if is_remote(settings.model) else None
         ),
     } | pruning_subject(settings.model)
 

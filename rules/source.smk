@@ -1,14 +1,15 @@
 """
-REQUIRED INPUTS   checkpoint files     {path of the model in config.yaml}/*, or a repository of the hub at a commit
-                  lock, if there is    locks/{model}.json; a model from the hub has one
+REQUIRED INPUTS   checkpoint files     {path of the model in config.yaml}/*, a repository of the hub at a commit, or
+                                       a prefix of a bucket
+                  lock, if there is    locks/{model}.json; a model from the hub or a bucket has one
 OUTPUTS           a record a file      results/source/{model}/files/{file}.json
-                  files from the hub   results/source/{model}/checkpoint/{file}: links into its cache or a directory
+                  files fetched        results/source/{model}/checkpoint/{file}: links into the hub's cache or a directory
                   the whole source     results/source/{model}/source.json
                   demo texts           results/demo/{split}/{kind}.jsonl
 
 A file whose hash, size, tensor names or shapes are not the lock's stops the build with its name. A model from the
-hub gets its files by one download job a file; each is checked before it is linked here, so that a block can be worked
-on as soon as the shards that hold it have come.
+hub or a bucket gets its files by one download job a file; each is checked before it is linked here, so that a block
+can be worked on as soon as the shards that hold it have come.
 """
 
 
@@ -26,7 +27,7 @@ rule download:
     benchmark:
         "results/benchmarks/download/{model}/{file}.tsv"
     wildcard_constraints:
-        model=hub_models(),
+        model=remote_models(),
     conda:
         "../envs/requant.yaml"
     resources:

@@ -22,6 +22,8 @@ RESERVED = ("benchmarks", "calibration", "card", "demo", "reference", "source")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SERVED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # no dot: files beside a record have one
 REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+# A bucket, and a prefix of keys without empty parts.
+ADDRESS = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^/\s]+(?:/[^/\s]+)*))?/?")
 
 MOST_LINES = 20  # of the errors of one config
 
@@ -74,19 +76,25 @@ class Prune(Section):
 
 
 class Model(Section):
-    """A model: a directory (`path`), a repository of the hub (`hub`) at one commit, with its lock, or another model
-    with fewer experts (`from` and `prune`)."""
+    """A model: a directory (`path`), a repository of the hub (`hub`) at one commit, with its lock, files in a bucket
+    (`bucket`), with their lock, or another model with fewer experts (`from` and `prune`)."""
 
     path: str | None = Field(None, min_length=1, description="directory of the checkpoint")
     hub: str | None = Field(None, description="repository on the Hugging Face hub (org/name), in place of `path`")
+    bucket: str | None = Field(
+        None, description="address of its files in S3-compatible storage (s3://BUCKET/PREFIX), in place of `path`"
+    )
     revision: str | None = Field(
         None, description="commit of `hub`, 40 hex digits; for a branch, a tag or none, `lock` says which commit it is"
     )
     directory: str | None = Field(
-        None, min_length=1, description="where the files of `hub` go; huggingface_hub's cache if absent"
+        None,
+        min_length=1,
+        description="where the files of `hub` or `bucket` go; if absent, huggingface_hub's cache, or "
+        "results/source/{model}/bucket",
     )
     source_model: str | None = Field(
-        None, alias="from", description="model that is pruned: another name in `models`, with `path` or `hub`"
+        None, alias="from", description="model that is pruned: another name in `models`, with `path`, `hub` or `bucket`"
     )
     prune: Prune | None = Field(None, description="which experts of `from` are left out")
     base_model: str | None = Field(
@@ -105,19 +113,25 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_source(self):
-        found = [key for key, value in (("path", self.path), ("hub", self.hub), ("from", self.source_model)) if value]
+        given = {"path": self.path, "hub": self.hub, "bucket": self.bucket, "from": self.source_model}
+        found = [key for key, value in given.items() if value]
         if len(found) != 1:
             raise ValueError(
-                f"path, hub, from: {', '.join(found) or 'none'} found; expected one: `path: DIRECTORY`, "
-                "`hub: ORG/NAME`, or `from: MODEL` with `prune`"
+                f"path, hub, bucket, from: {', '.join(found) or 'none'} found; expected one: `path: DIRECTORY`, "
+                "`hub: ORG/NAME`, `bucket: s3://BUCKET/PREFIX`, or `from: MODEL` with `prune`"
             )
         if (self.source_model is None) != (self.prune is None):
             raise ValueError(f"{'from' if self.prune is None else 'prune'}: found alone; expected `from` and `prune`")
         if self.hub and not REPOSITORY.fullmatch(self.hub):
             raise ValueError(f"hub: {self.hub!r}; expected a repository of the hub, ORG/NAME")
-        for key in ("revision", "directory"):
-            if not self.hub and getattr(self, key):
-                raise ValueError(f"{key}: {getattr(self, key)!r}; expected with `hub` only, not with `{found[0]}`")
+        if self.bucket and not ADDRESS.fullmatch(self.bucket):
+            raise ValueError(f"bucket: {self.bucket!r}; expected an address, s3://BUCKET/PREFIX")
+        if not self.hub and self.revision:
+            raise ValueError(f"revision: {self.revision!r}; expected with `hub` only, not with `{found[0]}`")
+        if not (self.hub or self.bucket) and self.directory:
+            raise ValueError(
+                f"directory: {self.directory!r}; expected with `hub` or `bucket` only, not with `{found[0]}`"
+            )
         return self
 
 

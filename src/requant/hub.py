@@ -5,17 +5,15 @@ what huggingface_hub raised is not chained to them.
 """
 
 import re
-import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import BinaryIO, TypeVar
 
 from requant.errors import RequantError
-from requant.jobs import progress
+from requant.patience import WAITS, Server, tried
 
 COMPUTES = False  # files are what their hashes say, whoever fetched them
 COMMIT = re.compile(r"[0-9a-f]{40}")
-WAITS = (1, 4, 15, 60)  # seconds before each further attempt
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 Result = TypeVar("Result")
@@ -27,29 +25,8 @@ def nothing_comes() -> int:
 
 
 def patiently(action: Callable[[], Result], what: str, kept: Callable[[], int] = nothing_comes) -> Result:
-    """The result of `action`, which is tried again after a failure that may pass.
-
-    `kept` counts the bytes that attempts leave behind: one that brought any starts the count of attempts anew.
-    Raises RequantError with one line that begins with `what`.
-    """
-    failures, before = 0, kept()
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            reason = describe(error)
-            if reason is None:
-                raise
-            if not may_pass(error):
-                raise RequantError(f"{what}: {reason}") from None
-        now = kept()
-        failures, before = (1 if now > before else failures + 1), now
-        if failures > len(WAITS):
-            raise RequantError(
-                f"{what}: {reason}, {failures} times in a row; run the same command again when the hub answers"
-            )
-        progress(f"{what}: {reason}; next attempt in {WAITS[failures - 1]} s")
-        time.sleep(WAITS[failures - 1])
+    """The result of `action`, which is tried again after a failure that may pass (`patience.tried`)."""
+    return tried(Server("the hub", describe, may_pass), action, what, kept, WAITS)
 
 
 def may_pass(error: Exception) -> bool:

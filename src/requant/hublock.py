@@ -46,7 +46,7 @@ def make_hub_lock(model: str, hub: str, revision: str | None) -> Lock:
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
         index = checkpoint.stored_index() if INDEX in siblings else None
-        shards = checkpoint.shards if index is not None else [_only_shard(hub, list(siblings))]
+        shards = checkpoint.shards if index is not None else [only_shard(hub, list(siblings))]
     for name in shards:
         files[name] = _described(hub, siblings, name)
     with ThreadPoolExecutor(REQUESTS) as pool:
@@ -99,8 +99,9 @@ def _described(hub: str, siblings: dict[str, "RepoSibling"], name: str) -> FileE
     return FileEntry(size=stored.size, sha256=stored.sha256)
 
 
-def _only_shard(hub: str, names: list[str]) -> str:
+def only_shard(where: str, names: list[str]) -> str:
+    """The shard among `names`, where there is no index. Raises RequantError naming `where` if there is not one."""
     shards = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
     if len(shards) != 1:
-        raise RequantError(f"{hub}: {len(shards)} safetensors files and no {INDEX}; expected an index, or one file")
+        raise RequantError(f"{where}: {len(shards)} safetensors files and no {INDEX}; expected an index, or one file")
     return shards[0]

@@ -1,7 +1,9 @@
-"""The command `requant`: rebuild a published release and compare, compare two copies of one, or serve one.
+"""The command `requant`: rebuild a published release and compare, compare two copies of one, or serve one; take a
+build's results to a bucket, or from there.
 
 Exit status of the first two: 0 the checkpoint has the same bytes; 1 the build failed; 2 bad input; 3 it differs, within
-the tolerance; 4 it differs by more. `requant serve` ends with 0 when it is told to, with 2 if it can't start.
+the tolerance; 4 it differs by more. `requant serve` ends with 0 when it is told to, with 2 if it can't start; `store`
+and `restore` end with 0, or with 2.
 """
 
 import argparse
@@ -30,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="requant", description="Rebuild, compare and serve releases.")
+    parser = argparse.ArgumentParser(
+        prog="requant", description="Rebuild, compare and serve releases, and keep builds."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     rebuild = commands.add_parser(
         "reproduce", help="rebuild a release from its provenance.json, and compare", epilog=STATUS
@@ -66,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
     serve.add_argument("--json", action="store_true", help="as JSON")
     serve.set_defaults(run=_serve)
+    keep = commands.add_parser("store", help="take the results of the build in this directory to a bucket")
+    keep.add_argument("bucket", metavar="s3://BUCKET/PREFIX", help="where to: one build a prefix")
+    keep.add_argument(
+        "--without", nargs="+", action="extend", default=[], metavar="PATTERN", help="paths to leave out: results/x/*"
+    )
+    keep.set_defaults(run=_store)
+    fetch = commands.add_parser("restore", help="bring stored results into this directory, for the build to go on")
+    fetch.add_argument("bucket", metavar="s3://BUCKET/PREFIX", help="what `requant store` was given")
+    fetch.set_defaults(run=_restore)
     for command in (rebuild, hold):
         command.add_argument(
             "--tolerance",
@@ -114,7 +127,7 @@ def _reproduce(asked: argparse.Namespace) -> int:
             asked.strict,
             asked.weights_only,
             dict(asked.tolerance),
-            lambda line: print(line, file=sys.stderr, flush=True),
+            _say,
         )
     except BuildFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -137,6 +150,26 @@ def _compare(asked: argparse.Namespace) -> int:
     return found.status
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _store(asked: argparse.Namespace) -> int:
+    from requant.stored import store
+
+    found = store(Path(), asked.bucket, asked.without, _say)
+    _say(f"{asked.bucket}: {len(found.files)} files and {len(found.links)} links of this build are there")
+    return 0
+
+
+def _restore(asked: argparse.Namespace) -> int:
+    from requant.stored import restore
+
+    found = restore(Path(), asked.bucket, _say)
+    _say(f"{len(found.files)} files and {len(found.links)} links of {asked.bucket} are here")
+    return 0
+
+
 def _serve(asked: argparse.Namespace) -> int:
     from requant.engine_command import shell
     from requant.reproduce import checkout
@@ -157,7 +190,7 @@ def _serve(asked: argparse.Namespace) -> int:
         variables = [f"{name}={value}" for name, value in found["environment"].items()]
         print(shell([*(["env", *variables] if variables else []), *found["command"]]))
         return 0
-    say = (lambda line: print(line, file=sys.stderr, flush=True)) if not asked.json else (lambda line: None)
+    say = _say if not asked.json else (lambda line: None)
     try:
         with served(serving, asked.port, asked.log, say) as server:
             if asked.json:

@@ -14,7 +14,7 @@ from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
 from requant.disk import chain_files, nearest_folder, reference_files
-from requant.download import HubModel, bytes_to_come
+from requant.download import bytes_to_come, remote_model
 from requant.duration import observation, read_rates, seconds_on, stages
 from requant.engine_command import is_pinned
 from requant.errors import RequantError
@@ -122,7 +122,7 @@ def _locked(directory: str, lock_path: str, repository: dict[str, str | None] | 
     stored = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
     known = structure.from_tensors(lock.config, lock.tensors, stored, "lock")
     if repository is not None:
-        return Source(known, sorted(sizes), bytes_to_come(HubModel(**repository), lock), "download")
+        return Source(known, sorted(sizes), bytes_to_come(remote_model(repository), lock), "download")
     missing = sum(size for name, size in sizes.items() if not (Path(directory) / name).exists())
     return Source(known, sorted(sizes), missing)
 

@@ -11,6 +11,18 @@ from requant.hub import COMMIT
 from requant.records import Lock
 
 
+def check_storage(provider: str | None, shared: bool) -> None:
+    """Raises RequantError if results would be anywhere but in files that all jobs see.
+
+    Snakemake stores a rule's declared outputs alone: the shards of a release, which pack.json lists, would be lost.
+    """
+    instead = "build in a directory that all jobs see; `requant store` takes the results to a bucket (docs/storage.md)"
+    if provider is not None:
+        raise RequantError(f"--default-storage-provider: {provider!r} found; expected none: {instead}")
+    if not shared:
+        raise RequantError(f"--shared-fs-usage: no 'input-output' found; expected it: {instead}")
+
+
 def made_here(path: str | Path) -> bool:
     """Whether `path` is among what the graph makes: it may be absent before a build."""
     return Path(path).parts[:1] == ("results",)
@@ -56,6 +68,15 @@ def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None
     if lock.revision != revision:
         raise RequantError(
             f"locks/{model}.json: revision {lock.revision} found; models.{model}.revision is {revision}: {command}"
+        )
+
+
+def check_bucket_model(model: str, lock: Lock | None) -> None:
+    """Raises RequantError if a model in a bucket has no `lock`."""
+    if lock is None:
+        raise RequantError(
+            f"locks/{model}.json: not there; a model in a bucket is planned from its lock: run "
+            f"`snakemake --cores 1 lock --config model={model}`, with the --configfile of this build"
         )
 
 

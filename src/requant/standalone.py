@@ -10,7 +10,8 @@ from requant.schemes import SCHEMES
 def standalone(config: Config, release: str) -> dict[str, Any]:
     """A whole config that builds `release` alone, every default spelled out; `requant.config.parse` reads it.
 
-    An absolute path, or one of a home directory, is cut to its last component; a relative one stays.
+    An absolute path, or one of a home directory, is cut to its last component; a relative one stays. A bucket is told
+    as a directory of that name.
     """
     settings = config.releases[release]
     model = config.models[settings.model]
@@ -63,6 +64,8 @@ def _benchmark(config: Config, name: str) -> dict[str, Any]:
 def _model(config: Config, name: str) -> dict[str, Any]:
     """A model without the keys that are of no use to its kind: `parse` refuses some of them, even empty."""
     written = _cut(config.models[name], "path", "directory")
+    if (bucket := written["bucket"]) is not None:
+        written |= {"path": PurePosixPath(bucket).name, "bucket": None, "directory": None}
     return {key: value for key, value in written.items() if value is not None}
 
 

@@ -43,18 +43,19 @@ def test_five_lines_are_a_config_with_the_public_releases_settings():
         ("build", ["other"], "config: build: 'other' is not in `releases`; there: mine-nvfp4"),
         ("build", [], "config: build: []; expected"),
         ("build", ["mine-nvfp4", "mine-nvfp4"], "config: build: 'mine-nvfp4' is listed twice"),
-        ("models/mine", {}, "config: models.mine.path, hub, from: none found; expected one: `path: DIRECTORY`, `hub:"),
+        ("models/mine", {}, "config: models.mine.path, hub, bucket, from: none found; expected one: `path: DIR"),
         (
             "models/mine",
             {"path": "x", "hub": "org/name"},
-            "config: models.mine.path, hub, from: path, hub found; expected one",
+            "config: models.mine.path, hub, bucket, from: path, hub found; expected one",
         ),
         ("models/mine", {"hub": "name"}, "config: models.mine.hub: 'name'; expected a repository of the hub, ORG/NAME"),
+        ("models/mine", {"bucket": "s3://my-bucket//x"}, "config: models.mine.bucket: 's3://my-bucket//x'; expected"),
         ("models/mine", {"path": "x", "revision": "main"}, "config: models.mine.revision: 'main'; expected with `hub`"),
         (
             "models/mine",
             {"path": "x", "directory": "y"},
-            "config: models.mine.directory: 'y'; expected with `hub` only",
+            "config: models.mine.directory: 'y'; expected with `hub` or `bucket` only",
         ),
         ("models/my model", {"path": "x"}, "config: models.my model: names have letters"),
         (
@@ -217,13 +218,13 @@ def test_multi_token_prediction_of_a_pruned_model_is_dropped():
         ({"prune": {"ratio": 0.5, "calibration": "x"}}, "models.small.prune.calibration: 'x' is not in `calibrations`"),
         ({"prune": None}, "models.small.from: found alone; expected `from` and `prune`"),
         ({"from": None, "path": "x"}, "models.small.prune: found alone; expected `from` and `prune`"),
-        ({"path": "x"}, "models.small.path, hub, from: path, from found; expected one"),
+        ({"path": "x"}, "models.small.path, hub, bucket, from: path, from found; expected one"),
         ({"revision": "main"}, "models.small.revision: 'main'; expected with `hub` only, not with `from`"),
         ({"from": "other"}, "models.small.from: 'other' is not in `models`; there, with `path` or `hub`: mine"),
         ({"from": "small"}, "models.small.from: 'small' is itself pruned; there, with `path` or `hub`: mine"),
         (
             {"form": "mine"},
-            "models.small.form: unknown key (value 'mine'); expected: one of base_model, directory, from",
+            "models.small.form: unknown key (value 'mine'); expected: one of base_model, bucket, directory, from",
         ),
     ],
 )

@@ -351,7 +351,7 @@ def test_a_file_that_the_hub_has_otherwise_never_gets_its_name(locked, pinned, c
     assert (
         f"error: org/tiny/{shard}: sha256 {hashlib.sha256(changed).hexdigest()} found; the lock of mine expects" in said
     )
-    assert f"expects {pinned.files[shard].sha256}; the hub sent it so when asked again, too" in said
+    assert f"expects {pinned.files[shard].sha256}; it was sent so when asked for again, too" in said
     assert not (locked.directory / "links").exists()
     assert not [path for path in locked.directory.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
 

@@ -3,13 +3,18 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
+import pytest
+
+from requant import buildlock
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
@@ -132,16 +137,50 @@ def test_a_second_build_is_told_which_process_is_in_its_way(tmp_path):
     first, _ = living_build(tmp_path)
     assert told() == "None", "it holds none of Snakemake's locks yet"
     (locks / "0.input.lock").write_text("a\n")
-    assert told() == str(first.pid)
+    assert told() == f"process {first.pid}"
     second, _ = living_build(tmp_path)
-    assert told() == str(first.pid), "the second did not take the first one's place"
+    assert told() == f"process {first.pid}", "the second did not take the first one's place"
     kill(first)
     third, _ = living_build(tmp_path)
-    assert told() == str(third.pid), "the first is dead"
+    assert told() == f"process {third.pid}", "the first is dead"
     kill(third)
     assert told() == "None"
     kill(second)
     assert told() == "None" and not list(locks.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fstype", "options", "dropped"),
+    [
+        ("ext4", "rw", True),
+        ("nfs4", "rw,vers=4.2,local_lock=none", True),
+        ("nfs", "rw,vers=3,local_lock=flock", False),
+        ("lustre", "rw,flock", True),
+        ("lustre", "rw,localflock", False),
+        ("fuse.shared", "rw", False),
+    ],
+)
+def test_what_another_machines_build_left_is_dropped_where_all_machines_see_a_lock(
+    tmp_path, monkeypatch, fstype, options, dropped
+):
+    """The build that took the lock is on node1; this one, on node2, gets the lock too: as after a crash of node1, or
+    because the mount keeps locks to itself. (A stand-in: this machine's mounts are told otherwise.)"""
+    disk = SimpleNamespace(device="server:/x", mountpoint=str(tmp_path), fstype=fstype, opts=options)
+    root = SimpleNamespace(device="/dev/x", mountpoint="/", fstype="ext4", opts="rw")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [root, disk])
+    locks = tmp_path / ".snakemake" / "locks"
+    locks.mkdir(parents=True)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+    assert buildlock.drop_stale_locks(tmp_path) == []
+    os.close(buildlock._held.pop())
+    (locks / "0.input.lock").write_text("a\n")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node2")
+    assert buildlock.drop_stale_locks(tmp_path) == (["0.input.lock"] if dropped else [])
+    os.close(buildlock._held.pop())
+    assert buildlock.other_build(tmp_path) == (None if dropped else f"process {os.getpid()} of node1")
+    (locks / "0.input.lock").unlink(missing_ok=True)  # as --unlock does
+    assert buildlock.drop_stale_locks(tmp_path) == [] and buildlock.other_build(tmp_path) is None
+    os.close(buildlock._held.pop())
 
 
 def test_planning_needs_no_torch():

@@ -11,6 +11,7 @@ CONFIG = {
         "big": {"path": "/data/hidden/big", "license": "mit"},
         "big-25": {"from": "big", "prune": {"ratio": 0.25, "calibration": "seen", "compare": ["random"]}},
         "far": {"hub": "some-org/far", "revision": "0" * 40, "directory": "/data/hidden/far"},
+        "stored": {"bucket": "s3://hidden/models/stored", "directory": "/data/hidden/stored", "license": "mit"},
         "unused": {"path": "unused"},
     },
     "calibrations": {
@@ -28,14 +29,15 @@ CONFIG = {
     "releases": {
         "pruned": {"model": "big-25", "scheme": "NVFP4", "calibration": "own", "benchmark": "none", "keep": ["kv_b"]},
         "hub": {"model": "far", "scheme": "W4A16", "benchmark": "mine", "tuning": {"iters": 7}},
+        "bucket": {"model": "stored", "scheme": "NVFP4", "calibration": "own", "benchmark": "none"},
     },
-    "build": ["pruned", "hub"],
+    "build": ["pruned", "hub", "bucket"],
     "device": "cuda",
     "publish": {"signing_key": "/data/hidden/key.pem"},
 }
 
 
-@pytest.mark.parametrize("release", ["pruned", "hub"])
+@pytest.mark.parametrize("release", ["pruned", "hub", "bucket"])
 def test_it_is_a_config_that_gives_the_same_release(release):
     config = parse(CONFIG)
     alone = parse(yaml.safe_load(yaml.safe_dump(standalone(config, release))))
@@ -54,6 +56,10 @@ def test_it_has_what_the_release_needs_and_nothing_else():
     assert (served["mmlu"]["data"], served["mmlu"]["expected"], served["gsm8k"]["source"]) == ("mmlu", [0.7, 0.8], None)
 
 
+def test_a_model_in_a_bucket_is_told_as_a_directory_of_its_name():
+    assert standalone(parse(CONFIG), "bucket")["models"] == {"stored": {"path": "stored", "license": "mit"}}
+
+
 def test_the_limits_of_a_sandbox_are_a_part_of_it_where_code_is_run():
     data = CONFIG | {"sandbox": {"seconds": 3.5}}
     assert "sandbox" not in standalone(parse(data), "hub")
@@ -62,7 +68,7 @@ def test_the_limits_of_a_sandbox_are_a_part_of_it_where_code_is_run():
     assert alone["sandbox"]["seconds"] == 3.5
 
 
-@pytest.mark.parametrize("release", ["pruned", "hub"])
+@pytest.mark.parametrize("release", ["pruned", "hub", "bucket"])
 def test_it_names_no_folder_of_the_machine(release):
     text = yaml.safe_dump(standalone(parse(CONFIG), release))
     assert "hidden" not in text and "key.pem" not in text
