@@ -222,6 +222,12 @@ class Tuning(Section):
         return self.best_mse and (self.judge or ("samples" if self.engine == "fused" else "minibatch")) == "samples"
 
     @model_validator(mode="after")
+    def _chains_have_pieces(self):
+        if self.segment is not None and self.inputs == "reference":
+            raise ValueError(f"segment: {self.segment}: inputs: reference has no chains; expected inputs: quantized")
+        return self
+
+    @model_validator(mode="after")
     def _engine_can(self):
         if self.engine == "auto_round" and self.judge == "samples":
             raise ValueError("judge: 'samples': engine auto_round goes by minibatches; expected minibatch, or fused")
