@@ -33,8 +33,8 @@ TOKENIZED = 20
 VERIFY_SECONDS, VERIFY_BYTES = 0.16e-6, 24
 # Plain rounding of a weight and its decoding, likewise: 0.06 us the rounding.
 ROUND_SECONDS = 0.15e-6
-# What asks a model and what it is asked: lm-eval, an engine's requests. Assumed; the largest job measured, a benchmark of
-# the embedded model as it is served, took 1.15 GB in two processes.
+# What asks a model and what it is asked: lm-eval, an engine's requests. Assumed; the largest job measured, a benchmark
+# of the embedded model as it is served, took 1.15 GB in two processes.
 ASKING = 1_000_000_000
 # The host memory of an engine that has its weights on GPUs: assumed.
 ENGINE_BYTES = 16_000_000_000
