@@ -24,7 +24,7 @@ import pytest
 PROGRAMS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
-CPUS, MEMORY_MB, GPUS = 4, 8000, 2  # what the node says it has, whatever this machine does
+CPUS, MEMORY_MB, GPUS = 4, 12000, 2  # what the node says it has, whatever this machine does
 
 CONFIG = """\
 ClusterName=requant
