@@ -18,7 +18,7 @@ MARGIN = 1.2
 # After an attempt that may have ended for want of it, a job gets so many times the memory, and the time.
 MORE_MEMORY, MORE_TIME = 1.5, 2
 # A modelled time is one of the machine that the rates were fitted to; a job may take so many times as long.
-SLACK = 4
+SLACK = 2
 # Any job may take this long: to start on a busy node, to import torch from a shared disk.
 START_SECONDS = 600
 # Read and written by each of many jobs on one file system, in bytes a second: assumed, a tenth of a fast one's.
@@ -33,6 +33,8 @@ TOKENIZED = 20
 VERIFY_SECONDS, VERIFY_BYTES = 0.16e-6, 24
 # Plain rounding of a weight and its decoding, likewise: 0.06 us the rounding.
 ROUND_SECONDS = 0.15e-6
+# A packed weight with its scales, at most, as a multiple of its bits: NVFP4 has 8 bits of scale for 16 weights of 4.
+SCALES = 1.125
 # What asks a model and what it is asked: lm-eval, an engine's requests. Assumed; the largest job measured, a benchmark
 # of the embedded model as it is served, took 1.15 GB in two processes.
 ASKING = 1_000_000_000
@@ -112,13 +114,13 @@ def release_needs(
     states = _states(model, calibration)
     weights = sum(len(kind.blocks) * _linear_elements(kind) for kind in model.kinds)
     largest = max(2 * kind.elements for kind in model.kinds)
-    released = stored if scheme.quantizes else 2 * model.parameters
+    released = 2 * (model.parameters - weights) + int(weights * scheme.weight_bits / 8 * SCALES)
     outside = sum(tensor.elements for tensor in model.outside.values())
     linear = max(rows * columns for kind in model.kinds for rows, columns in kind.linear_shapes.values())
     tensor = max([linear, *(found.elements for found in model.outside.values())])
     heldout = _heldout_seconds(model, calibration, chain_rates)
     found = {
-        "pack": Need(BASE + 4 * outside + largest, 4 * released / FILE_RATE),
+        "pack": Need(BASE + 4 * outside + largest, 3 * released / FILE_RATE),
         "verify": Need(
             BASE + max(VERIFY_BYTES * linear, 8 * tensor), weights * VERIFY_SECONDS + (stored + released) / FILE_RATE
         ),

@@ -73,7 +73,7 @@ def command(*arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def through_slurm(cluster: Cluster, local: Build, tmp_path_factory) -> Watched:
-    """The same through Slurm, behind the reference chain: one job is cancelled, while the node is drained and resumed."""
+    """The same through Slurm, behind the reference chain; a job is cancelled, the node drained and resumed."""
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         pytest.skip("needs snakemake-executor-plugin-slurm, of this environment's lock")
     build = Build(tmp_path_factory.mktemp("cluster") / "build")

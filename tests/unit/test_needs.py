@@ -96,7 +96,7 @@ def test_a_second_attempt_gets_more():
     assert memory_mb(need, 0, 1) == MARGIN * 1000
     assert [memory_mb(need, 0, attempt) for attempt in (2, 3)] == [1800, 2700]
     assert memory_mb(need, 1000, 1) > memory_mb(need, 0, 1), "Snakemake runs inside of a submitted job"
-    assert [run_minutes(need, attempt) for attempt in (1, 2, 3)] == [50, 100, 200]
+    assert [run_minutes(need, attempt) for attempt in (1, 2, 3)] == [30, 60, 120]
     assert run_minutes(Need(1), 1) == 10
 
 
