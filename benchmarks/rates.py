@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks"), str(ROOT / "tests")
 def features(config: dict, block: int, tokens: int, length: int) -> list[float]:
     """[1, operations of an iteration, weights] of a block of the model with that config.json."""
     from requant.duration import WITH_BACKWARD
-    from requant.structure import from_config, pass_work
+    from requant.shapes import pass_work
+    from requant.structure import from_config
 
     kind = next(kind for kind in from_config(config).kinds if block in kind.blocks)
     weights = sum(rows * columns for rows, columns in kind.linear_shapes.values())

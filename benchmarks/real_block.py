@@ -137,7 +137,8 @@ def rates() -> dict:
 def work_of(experts: int) -> tuple[float, float]:
     """(operations of the products of an iteration, weights) of a block."""
     from requant.duration import WITH_BACKWARD
-    from requant.structure import from_config, pass_work
+    from requant.shapes import pass_work
+    from requant.structure import from_config
 
     config = shape_of(experts)
     kind = next(kind for kind in from_config(config).kinds if (3 if experts else 0) in kind.blocks)

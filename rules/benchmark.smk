@@ -25,6 +25,8 @@ rule benchmark_source:
     threads: 1
     resources:
         gpu=gpus,
+        mem_mb=memory_of("benchmark_source"),
+        runtime=run_time_of("benchmark_source"),
     params:
         *code_and_libraries("benchmark_source"),
         source=source_path_of,
@@ -51,6 +53,8 @@ rule benchmark:
     threads: 1
     resources:
         gpu=gpus,
+        mem_mb=memory_of("benchmark"),
+        runtime=run_time_of("benchmark"),
     params:
         *code_and_libraries("benchmark"),
         benchmark=benchmark_of,

@@ -19,6 +19,9 @@ rule calibrate:
         "results/benchmarks/calibrate/{model}/{calibration}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("calibrate"),
+        runtime=run_time_of("calibrate"),
     params:
         *code_and_libraries("calibrate"),
         source=source_path_of,

@@ -45,6 +45,9 @@ rule plot_release:
         "results/benchmarks/plot_release/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("plot_release"),
+        runtime=run_time_of("plot_release"),
     params:
         *code_and_libraries("plot_release"),
     script:
@@ -69,6 +72,9 @@ rule plot_saliency:
         "results/benchmarks/plot_saliency/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("plot_saliency"),
+        runtime=run_time_of("plot_saliency"),
     params:
         *code_and_libraries("plot_saliency"),
     script:
@@ -95,6 +101,9 @@ rule release_card:
         "results/benchmarks/release_card/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("release_card"),
+        runtime=run_time_of("release_card"),
     params:
         *code_and_libraries("release_card"),
         subject=card_subject,
@@ -124,6 +133,9 @@ rule plot_build:
         "results/benchmarks/plot_build.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("plot_build"),
+        runtime=run_time_of("plot_build"),
     params:
         *code_and_libraries("plot_build"),
         subjects=card_subjects,
@@ -147,6 +159,9 @@ rule plot_experts:
         "results/benchmarks/plot_experts.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("plot_experts"),
+        runtime=run_time_of("plot_experts"),
     params:
         *code_and_libraries("plot_experts"),
         subjects=card_subjects,
@@ -175,6 +190,9 @@ rule card:
         "results/benchmarks/card.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("card"),
+        runtime=run_time_of("card"),
     params:
         *code_and_libraries("card"),
         subjects=card_subjects,

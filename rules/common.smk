@@ -36,6 +36,7 @@ from requant.disk import (
     reference_files,
 )
 from requant.download import check_download_room, remote_model
+from requant.duration import read_rates
 from requant.errors import RequantError
 from requant.fp8 import without_scales
 from requant.gate import open_again
@@ -43,6 +44,18 @@ from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
+from requant.needs import (
+    DOWNLOAD_RATE,
+    PLAIN,
+    Need,
+    file_need,
+    memory_mb,
+    model_needs,
+    release_needs,
+    run_minutes,
+    served_need,
+    text_need,
+)
 from requant.planning import (
     check_bucket_model,
     check_hub_model,
@@ -58,6 +71,7 @@ from requant.pruning import check_counts, kept_experts
 from requant.published import files as published_files
 from requant.sandbox import which_sandbox
 from requant.schemes import SCHEMES
+from requant.shapes import shapes_of
 from requant.signature import check_key
 from requant.sizes import Shaped
 from requant.standalone import standalone
@@ -842,8 +856,9 @@ def served_data(wildcards):
 
 @cache
 def sandbox_is_here():
-    """Stops a build whose models' programs could run nowhere."""
-    or_warn(which_sandbox, CONFIG.sandbox)
+    """Stops a build whose models' programs could run nowhere on this machine, if jobs run on it."""
+    if workflow.local_exec:
+        or_warn(which_sandbox, CONFIG.sandbox)
 
 
 def served_task_files(wildcards):
@@ -1218,3 +1233,103 @@ def pruning_subject(model):
 
 def plan_subjects(_):
     return [plan_subject(release) for release in CONFIG.build]
+
+
+# What a job asks of a cluster
+
+
+def memory_of(rule):
+    """The function of the memory of a job of `rule`, in MB: more with each attempt."""
+
+    def megabytes(wildcards, attempt):
+        return memory_mb(need_of(rule, wildcards), 0 if workflow.local_exec else planned_tensors(), attempt)
+
+    return megabytes
+
+
+def run_time_of(rule):
+    """The function of the time that a job of `rule` may take, in minutes: more with each attempt."""
+
+    def minutes(wildcards, attempt):
+        return run_minutes(need_of(rule, wildcards), attempt)
+
+    return minutes
+
+
+def need_of(rule, wildcards):
+    """What a job takes. A rule that nothing more is known of imports no torch and reads records alone."""
+    if rule in ("source_file", "download"):
+        rate = {"rate": DOWNLOAD_RATE} if rule == "download" else {}
+        return file_need(source_file_bytes(wildcards.model, wildcards.file), **rate)
+    if rule == "calibrate":
+        texts = [path for path in calibration_texts(wildcards) if os.path.exists(path)]
+        return text_need(sum(map(os.path.getsize, texts)))
+    if rule == "measure_served_source":
+        return served_need(model_shapes(wildcards.model), CONFIG.targets[wildcards.target])
+    if rule == "checksums":
+        return file_need(
+            kept_bytes(model_of(wildcards), set(checkpoint_plan(model_of(wildcards))[1].values()))
+        )
+    if rule in ("observe", "prune_evaluate"):
+        seen = observed(wildcards)
+        return needs_of_model(seen.model if rule == "observe" else wildcards.model, seen.calibration)[rule]
+    if hasattr(wildcards, "release"):
+        return needs_of_release(wildcards.release).get(rule, Need(PLAIN))
+    if hasattr(wildcards, "model"):
+        calibration = getattr(wildcards, "calibration", "default")
+        return needs_of_model(wildcards.model, calibration).get(rule, Need(PLAIN))
+    return Need(PLAIN)
+
+
+@cache
+def needs_of_model(model, calibration):
+    settings = CONFIG.calibrations[calibration]
+    return model_needs(model_shapes(model), stored_bytes(model), settings, rates_of(CONFIG.device))
+
+
+@cache
+def needs_of_release(release):
+    settings = CONFIG.releases[release]
+    return release_needs(
+        model_shapes(settings.model),
+        stored_bytes(settings.model),
+        settings,
+        CONFIG.calibrations[settings.calibration],
+        CONFIG.targets[settings.deploy.target],
+        load_test_blocks(release),
+        rates_of(settings.tuning.device),
+        rates_of(CONFIG.device),
+    )
+
+
+@cache
+def model_shapes(model):
+    """A model by the shapes of its tensors."""
+    pruned = CONFIG.models[model].prune is not None
+    return shapes_of(checkpoint_plan(model)[0], source_tensors(source_name(model)), pruned)
+
+
+@cache
+def rates_of(device):
+    """How fast a device works, as it was measured."""
+    return or_stop(read_rates, Path(workflow.basedir) / "benchmarks/results/rates.json", device)
+
+
+@cache
+def stored_bytes(model):
+    """Bytes of the shards that a model is read from."""
+    return shard_bytes(model, set(checkpoint_plan(model)[1].values()))
+
+
+def source_file_bytes(model, name):
+    """Bytes of a file of a source: from its lock, where it has one."""
+    if (path := lock_file(model)) is not None and name in lock_at(path).files:
+        return lock_at(path).files[name].size
+    path = f"{source_dir(model)}/{name}"
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+@cache
+def planned_tensors():
+    """Tensors of the largest model of the build, which each submitted job plans again."""
+    return max(len(checkpoint_plan(CONFIG.releases[release].model)[1]) for release in CONFIG.build)

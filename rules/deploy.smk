@@ -33,6 +33,8 @@ rule deploy:
     threads: 1
     resources:
         gpu=serving_gpus,
+        mem_mb=memory_of("deploy"),
+        runtime=run_time_of("deploy"),
     params:
         *code_and_libraries("deploy"),
         source=source_path_of,

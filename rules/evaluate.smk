@@ -28,6 +28,8 @@ rule evaluate:
     threads: 1
     resources:
         gpu=gpus,
+        mem_mb=memory_of("evaluate"),
+        runtime=run_time_of("evaluate"),
     params:
         *code_and_libraries("evaluate"),
         source=source_path_of,

@@ -31,6 +31,8 @@ rule load_test:
     threads: 1
     resources:
         gpu=serving_gpus,
+        mem_mb=memory_of("load_test"),
+        runtime=run_time_of("load_test"),
     params:
         *code_and_libraries("load_test"),
         source=source_path_of,

@@ -24,6 +24,9 @@ rule pack:
         "results/benchmarks/pack/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("pack"),
+        runtime=run_time_of("pack"),
     params:
         *code_and_libraries("pack"),
         source=source_path_of,

@@ -9,6 +9,10 @@ It builds and hashes nothing.
 """
 
 
+localrules:
+    plan,
+
+
 rule plan:
     log:
         "logs/plan.log",

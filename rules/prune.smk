@@ -27,6 +27,8 @@ rule observe:
         "../envs/requant.yaml"
     resources:
         gpu=gpus,
+        mem_mb=memory_of("observe"),
+        runtime=run_time_of("observe"),
     params:
         *code_and_libraries("observe"),
         source=source_path_of,
@@ -46,6 +48,9 @@ rule keep_block:
         "results/benchmarks/keep_block/{model}/{block}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("keep_block"),
+        runtime=run_time_of("keep_block"),
     params:
         *code_and_libraries("keep_block"),
         pruning=pruning_of,
@@ -64,6 +69,9 @@ rule keep:
         "results/benchmarks/keep/{model}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("keep"),
+        runtime=run_time_of("keep"),
     params:
         *code_and_libraries("keep"),
         pruning=pruning_of,
@@ -89,6 +97,8 @@ rule prune_evaluate:
     threads: 1
     resources:
         gpu=gpus,
+        mem_mb=memory_of("prune_evaluate"),
+        runtime=run_time_of("prune_evaluate"),
     params:
         *code_and_libraries("prune_evaluate"),
         source=source_path_of,

@@ -39,6 +39,9 @@ rule provenance:
         "results/benchmarks/provenance/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("provenance"),
+        runtime=run_time_of("provenance"),
     params:
         *code_and_libraries("provenance"),
         locks=environment_locks(),
@@ -60,6 +63,9 @@ rule sbom:
         "results/benchmarks/sbom/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("sbom"),
+        runtime=run_time_of("sbom"),
     params:
         *code_and_libraries("sbom"),
         locks=environment_locks(),
@@ -78,6 +84,9 @@ rule eval_results:
         "results/benchmarks/eval_results/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("eval_results"),
+        runtime=run_time_of("eval_results"),
     params:
         *code_and_libraries("eval_results"),
         tasks=hub_tasks,
@@ -97,6 +106,9 @@ rule checksums:
         "results/benchmarks/checksums/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("checksums"),
+        runtime=run_time_of("checksums"),
     params:
         *code_and_libraries("checksums"),
     script:
@@ -114,11 +126,18 @@ rule sign:
         "results/benchmarks/sign/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("sign"),
+        runtime=run_time_of("sign"),
     params:
         *code_and_libraries("sign"),
         key=signing_key,
     script:
         "../scripts/sign.py"
+
+
+localrules:
+    publish,
 
 
 rule publish:

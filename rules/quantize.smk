@@ -45,6 +45,8 @@ rule quantize:
     threads: tuning_threads
     resources:
         gpu=tuning_gpus,
+        mem_mb=memory_of("quantize"),
+        runtime=run_time_of("quantize"),
     params:
         *code_and_libraries("quantize"),
         source=source_path_of,
@@ -80,6 +82,9 @@ rule copy_block:
     priority: tuners_first
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("copy_block"),
+        runtime=run_time_of("copy_block"),
     params:
         *code_and_libraries("copy_block"),
         source=source_path_of,

@@ -26,6 +26,9 @@ rule embed:
         "results/benchmarks/embed/{model}/{calibration}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("embed"),
+        runtime=run_time_of("embed"),
     params:
         *code_and_libraries("embed"),
         source=source_path_of,
@@ -53,6 +56,8 @@ rule reference:
         "../envs/requant.yaml"
     resources:
         gpu=gpus,
+        mem_mb=memory_of("reference"),
+        runtime=run_time_of("reference"),
     params:
         *code_and_libraries("reference"),
         source=source_path_of,

@@ -35,6 +35,8 @@ rule measure_served_source:
     threads: 1
     resources:
         gpu=serving_gpus,
+        mem_mb=memory_of("measure_served_source"),
+        runtime=run_time_of("measure_served_source"),
     params:
         *code_and_libraries("measure_served_source"),
         source=source_path_of,
@@ -65,6 +67,8 @@ rule measure_served:
     threads: 1
     resources:
         gpu=serving_gpus,
+        mem_mb=memory_of("measure_served"),
+        runtime=run_time_of("measure_served"),
     params:
         *code_and_libraries("measure_served"),
         benchmark=benchmark_of,
@@ -91,6 +95,9 @@ rule served_benchmark:
         "results/benchmarks/served_benchmark/{release}/{task}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("served_benchmark"),
+        runtime=run_time_of("served_benchmark"),
     params:
         *code_and_libraries("served_benchmark"),
         source_model=served_source_model,

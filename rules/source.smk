@@ -32,6 +32,8 @@ rule download:
         "../envs/requant.yaml"
     resources:
         downloads=1,
+        mem_mb=memory_of("download"),
+        runtime=run_time_of("download"),
     params:
         *code_and_libraries("download"),
         repository=repository_of,
@@ -51,6 +53,9 @@ rule source_file:
         "results/benchmarks/source_file/{model}/{file}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("source_file"),
+        runtime=run_time_of("source_file"),
     params:
         *code_and_libraries("source_file"),
     script:
@@ -70,11 +75,18 @@ rule source:
         "results/benchmarks/source/{model}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("source"),
+        runtime=run_time_of("source"),
     params:
         *code_and_libraries("source"),
         path=source_path_of,
     script:
         "../scripts/source.py"
+
+
+localrules:
+    lock,
 
 
 rule lock:
@@ -103,6 +115,9 @@ rule demo_text:
         kind="stories|exercises",
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("demo_text"),
+        runtime=run_time_of("demo_text"),
     params:
         *code_and_libraries("demo_text"),
         documents=demo_documents,

@@ -19,6 +19,9 @@ rule verify:
         "results/benchmarks/verify/{release}.tsv"
     conda:
         "../envs/requant.yaml"
+    resources:
+        mem_mb=memory_of("verify"),
+        runtime=run_time_of("verify"),
     params:
         *code_and_libraries("verify"),
         source=source_path_of,

@@ -5,10 +5,13 @@ each weight that is rounded; a pass of a block takes its operations. The rates a
 benchmarks/rates.py.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from requant.config import Calibration, Tuning
 from requant.errors import RequantError
@@ -27,8 +30,10 @@ from requant.records import (
     read_json,
 )
 from requant.schemes import Scheme
-from requant.structure import Kind, Structure, pass_work
-from requant.tuned import settings
+from requant.shapes import BlockShapes, ModelShapes, pass_work
+
+if TYPE_CHECKING:
+    from requant.structure import Kind, Structure
 
 # Passes over all samples that a quantize job makes beside tuning: input ranges, and the output as shipped.
 PASSES = 2
@@ -211,6 +216,8 @@ def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Cal
 
     Samples that are padded have fewer tokens than they have room for, which only their making tells.
     """
+    from requant.tuned import settings  # which imports torch
+
     wanted = settings(scheme, tuning) | {"seed": tuning.seed}
     most, padded = calibration.nsamples * calibration.seqlen, calibration.pack == "pad"
     found: dict[tuple, list[float]] = {}
@@ -231,7 +238,7 @@ def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Cal
 
 
 def modelled_seconds(
-    structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning, rates: Rates
+    structure: Structure | ModelShapes, kind: Kind | BlockShapes, calibration: Calibration, tuning: Tuning, rates: Rates
 ) -> tuple[float, float]:
     """Seconds of a quantize job by the model: (its iterations and the choice between two results, its passes)."""
     length = calibration.seqlen

@@ -1,16 +1,23 @@
 """Memory of the largest jobs of a build, from shapes: what each holds at its peak, in bytes.
 
-The terms follow the code of the jobs; docs/plan.md says what was measured of them.
+The terms follow the code of the jobs; docs/plan.md says what was measured of them. Nothing here imports torch but
+`gpu_bytes`: memory is asked for whenever a build is planned.
 """
 
-from requant import fused
-from requant.attention import LONGEST_SHORT
-from requant.config import Calibration, Tuning
-from requant.routed import ROW_MULTIPLE
-from requant.schemes import Scheme
-from requant.stacks import LARGEST_PART, Schedule
-from requant.structure import Kind, Structure
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from requant.config import Calibration, Tuning
+from requant.schemes import Scheme
+from requant.shapes import BlockShapes, ModelShapes
+
+if TYPE_CHECKING:
+    from requant.structure import Kind, Structure
+
+# Constants of the modules that tune, which import torch (tests hold these against them): fused.DENSE_ACTIVATIONS,
+# routed.ROW_MULTIPLE, attention.LONGEST_SHORT, stacks.LARGEST_PART.
+DENSE_ACTIVATIONS, ROW_MULTIPLE, LONGEST_SHORT, LARGEST_PART = 1.9, 32, 512, 2**31
 # What a job has before it has read a tensor: Python, torch, transformers; and with the tuner and its compiled loops.
 BASE, TUNER_BASE = 650_000_000, 850_000_000
 # Samples that `routing.observe` runs at a time.
@@ -26,12 +33,16 @@ SCORE_BYTES = 12
 
 def gpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tuning: Tuning) -> int:
     """Peak of a GPU that tunes the largest block (`fused.peak_bytes`)."""
+    from requant import fused
+
     tokens = min(tuning.batch_size, calibration.nsamples) * calibration.seqlen
     choices = structure.experts_per_token
     return max(fused.peak_bytes(kind.module, tokens, choices, scheme, tuning.iters) for kind in structure.kinds)
 
 
-def cpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tuning: Tuning) -> dict[str, int]:
+def cpu_bytes(
+    structure: Structure | ModelShapes, calibration: Calibration, scheme: Scheme, tuning: Tuning
+) -> dict[str, int]:
     """Peak of the jobs that hold a block or a model on the CPU, by the name of their rule."""
     config, length = structure.config, calibration.seqlen
     a_sample = 2 * length * config["hidden_size"]
@@ -51,7 +62,7 @@ def cpu_bytes(structure: Structure, calibration: Calibration, scheme: Scheme, tu
     }
 
 
-def pass_bytes(structure: Structure, kind: Kind, calibration: Calibration) -> int:
+def pass_bytes(structure: Structure | ModelShapes, kind: Kind | BlockShapes, calibration: Calibration) -> int:
     """Activations at the widest place of a pass of a block of that kind: an MLP or attention of some samples."""
     tokens = min(PASS_SAMPLES, calibration.nsamples) * calibration.seqlen
     dense = [shape for name, shape in kind.linear_shapes.items() if ".experts." not in name]
@@ -64,13 +75,19 @@ def pass_bytes(structure: Structure, kind: Kind, calibration: Calibration) -> in
     return max(2 * widest, attention) + 4 * tokens * structure.config["hidden_size"]
 
 
-def score_bytes(structure: Structure, samples: int, length: int) -> int:
+def score_bytes(structure: Structure | ModelShapes, samples: int, length: int) -> int:
     """What attention over samples of `length` tokens holds of its scores on a CPU, outside of the tuner's own."""
     differ = bool(structure.config.get("kv_lora_rank"))
     return SCORE_BYTES * samples * structure.config["num_attention_heads"] * length**2 if differ else 0
 
 
-def quantize_bytes(structure: Structure, kind: Kind, calibration: Calibration, scheme: Scheme, tuning: Tuning) -> int:
+def quantize_bytes(
+    structure: Structure | ModelShapes,
+    kind: Kind | BlockShapes,
+    calibration: Calibration,
+    scheme: Scheme,
+    tuning: Tuning,
+) -> int:
     """What `quantize` holds of a block of that kind at its peak: while it tunes, or when it runs what it ships.
 
     Tuning on a CPU (`stacks.Stack`), every weight has its BF16 value twice, as in the source and as it is rounded
@@ -84,7 +101,7 @@ def quantize_bytes(structure: Structure, kind: Kind, calibration: Calibration, s
     shipped = 2 * source + 2 * weights + packed + pass_bytes(structure, kind, calibration)
     if not tuning.iters or tuning.device != "cpu":
         return shipped
-    counter = Schedule(tuning.iters, 1.0, 1.0, True).dtype.itemsize
+    counter = counter_bytes(tuning.iters)
     a_weight = 2 + 2 + counter + 1 + ((1 if scheme.is_nvfp4 else 2) * counter + 2) / scheme.group_size
     dense = [out * width for name, (out, width) in kind.linear_shapes.items() if ".experts." not in name]
     stack = max([*dense, 2 * kind.expert_elements // 3])
@@ -93,12 +110,19 @@ def quantize_bytes(structure: Structure, kind: Kind, calibration: Calibration, s
     return max(shipped, source + int(weights * a_weight) + max(a_step, kept, 2 * weights))
 
 
-def step_bytes(structure: Structure, kind: Kind, calibration: Calibration, tuning: Tuning) -> int:
+def counter_bytes(iters: int) -> int:
+    """Bytes of an offset while it is tuned (`stacks.Schedule.dtype`)."""
+    return 2 if iters * (iters + 1) // 2 < 2**15 else 4
+
+
+def step_bytes(
+    structure: Structure | ModelShapes, kind: Kind | BlockShapes, calibration: Calibration, tuning: Tuning
+) -> int:
     """Activations that a tuning step leaves for its backward pass (as in `fused.peak_bytes`), and short attention's."""
     config, samples = structure.config, min(tuning.batch_size, calibration.nsamples)
     tokens = samples * calibration.seqlen
     dense = [shape for name, shape in kind.linear_shapes.items() if ".experts." not in name]
-    elements = fused.DENSE_ACTIVATIONS * tokens * sum(out + width for out, width in dense)
+    elements = DENSE_ACTIVATIONS * tokens * sum(out + width for out, width in dense)
     if kind.experts:
         inner = kind.expert_elements // (3 * kind.experts * config["hidden_size"])
         rows = tokens * structure.experts_per_token + kind.experts * ROW_MULTIPLE

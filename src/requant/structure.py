@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from requant import fp8
-from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
+from requant.architecture import EXPERT_TENSOR, block_of, is_drafting
 from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
 from requant.cut import cut_config
 from requant.errors import RequantError
@@ -276,15 +276,3 @@ def drafting_if_stored(structure: Structure) -> int:
     width, vocabulary = structure.config["hidden_size"], structure.config["vocab_size"]
     last = max(structure.kinds, key=lambda kind: kind.blocks[-1])
     return layers * (last.elements + 3 * width + 2 * width * width + 2 * vocabulary * width)
-
-
-def pass_work(kind: Kind, config: dict[str, Any], tokens: int, length: int) -> float:
-    """Floating-point operations of one pass of a block over `tokens` tokens in samples of `length`, products alone."""
-    experts_per_token = config.get("num_experts_per_tok", 0)
-    active = sum(rows * columns for rows, columns in kind.linear_shapes.values())
-    if kind.experts:
-        active -= kind.expert_elements * (kind.experts - experts_per_token) // kind.experts
-    heads = config["num_attention_heads"]
-    nope, rope = config.get("qk_nope_head_dim"), config.get("qk_rope_head_dim", 0)
-    per_head = nope + rope + config["v_head_dim"] if nope else 2 * head_width(config)
-    return 2.0 * tokens * (active + heads * per_head * length / 2)
