@@ -1238,46 +1238,46 @@ def plan_subjects(_):
 # What a job asks of a cluster
 
 
-def memory_of(rule):
-    """The function of the memory of a job of `rule`, in MB: more with each attempt."""
+def memory_of(name):
+    """The function that gives a job of `name` its memory, in MB, more with each attempt."""
 
     def megabytes(wildcards, attempt):
-        return memory_mb(need_of(rule, wildcards), 0 if workflow.local_exec else planned_tensors(), attempt)
+        return memory_mb(need_of(name, wildcards), 0 if workflow.local_exec else planned_tensors(), attempt)
 
     return megabytes
 
 
-def run_time_of(rule):
-    """The function of the time that a job of `rule` may take, in minutes: more with each attempt."""
+def run_time_of(name):
+    """The function that gives a job of `name` its time, in minutes, more with each attempt."""
 
     def minutes(wildcards, attempt):
-        return run_minutes(need_of(rule, wildcards), attempt)
+        return run_minutes(need_of(name, wildcards), attempt)
 
     return minutes
 
 
-def need_of(rule, wildcards):
-    """What a job takes. A rule that nothing more is known of imports no torch and reads records alone."""
-    if rule in ("source_file", "download"):
-        rate = {"rate": DOWNLOAD_RATE} if rule == "download" else {}
+def need_of(name, wildcards):
+    """What a job of `name` takes. Where nothing more is known, it imports no torch and reads records alone."""
+    if name in ("source_file", "download"):
+        rate = {"rate": DOWNLOAD_RATE} if name == "download" else {}
         return file_need(source_file_bytes(wildcards.model, wildcards.file), **rate)
-    if rule == "calibrate":
+    if name == "calibrate":
         texts = [path for path in calibration_texts(wildcards) if os.path.exists(path)]
         return text_need(sum(map(os.path.getsize, texts)))
-    if rule == "measure_served_source":
+    if name == "measure_served_source":
         return served_need(model_shapes(wildcards.model), CONFIG.targets[wildcards.target])
-    if rule == "checksums":
+    if name == "checksums":
         return file_need(
             kept_bytes(model_of(wildcards), set(checkpoint_plan(model_of(wildcards))[1].values()))
         )
-    if rule in ("observe", "prune_evaluate"):
+    if name in ("observe", "prune_evaluate"):
         seen = observed(wildcards)
-        return needs_of_model(seen.model if rule == "observe" else wildcards.model, seen.calibration)[rule]
+        return needs_of_model(seen.model if name == "observe" else wildcards.model, seen.calibration)[name]
     if hasattr(wildcards, "release"):
-        return needs_of_release(wildcards.release).get(rule, Need(PLAIN))
+        return needs_of_release(wildcards.release).get(name, Need(PLAIN))
     if hasattr(wildcards, "model"):
         calibration = getattr(wildcards, "calibration", "default")
-        return needs_of_model(wildcards.model, calibration).get(rule, Need(PLAIN))
+        return needs_of_model(wildcards.model, calibration).get(name, Need(PLAIN))
     return Need(PLAIN)
 
 
