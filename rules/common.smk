@@ -35,7 +35,14 @@ from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
-from requant.planning import check_hub_model, check_locked_source, made_here, model_to_lock, text_files
+from requant.planning import (
+    check_hub_model,
+    check_locked_source,
+    file_rates,
+    made_here,
+    model_to_lock,
+    text_files,
+)
 from requant.preflight import check_context, check_group, check_model, check_source
 from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
@@ -94,8 +101,8 @@ def or_warn(function, *arguments):
         print(f"warning: {error}", file=sys.stderr)
 
 
-# `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`.
-ASKED = ("model", "release", "upload")
+# `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`; rates to `plan`.
+ASKED = ("model", "release", "upload", "disk", "shared", "hub")
 GIVEN = {key: value for key, value in config.items() if key not in ASKED}
 CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
 
@@ -1167,3 +1174,8 @@ def pruning_subject(model):
 
 def plan_subjects(_):
     return [plan_subject(release) for release in CONFIG.build]
+
+
+def rates_asked_for(_):
+    """Rates of files that a plan counts, bytes a second, of `--config disk=2 hub=0.1` (GB)."""
+    return or_stop(file_rates, config)

@@ -300,17 +300,17 @@ def jobs_of(work: Work, segment: int) -> list[Job]:
         found += _chain(work, "reference", work.reference, work.source)
     else:
         found += _chain(work, "observe", work.observe, work.source)
+        seconds = work.stages.get("prune_evaluate", 0.0)
+        heldout = _heldout(work, "observe")  # of jobs alike Snakemake takes the one that frees most
+        found.append(
+            Job("prune_evaluate", "prune_evaluate", seconds, (f"observe {last}",), takes=work.walks, uses=heldout)
+        )
         needs = [(f"decide {block}" if work.sequential else f"observe {last}",) for block in work.blocks]
         found += _chain(work, "reference", work.reference, work.kept, needs)
         if work.sequential:
             found += [_deciding(work, block) for block in work.blocks]
         if work.original:
             found += _chain(work, "original", work.original, work.source)
-        seconds = work.stages.get("prune_evaluate", 0.0)
-        heldout = _heldout(work, "observe")
-        found.append(
-            Job("prune_evaluate", "prune_evaluate", seconds, (f"observe {last}",), takes=work.walks, uses=heldout)
-        )
     found += [_tuner(work, block, block % segment == 0) for block in work.blocks]
     return found + _behind(work)
 
