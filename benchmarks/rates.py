@@ -6,7 +6,8 @@ An iteration is taken for a + b x operations of its matrix products + c x weight
 shape on an H100 (`real_block.py`), which all have much the same operations, so a is left out; on the CPU, random blocks
 of many shapes (`tuner.py growth`). Passes of blocks: on the CPU at the rate of its matrix products; on the GPU as the
 block of most samples passed there when it was run as shipped. What else a quantize job of that block took, without
-files, is its start.
+files, is its start. What the graph takes for a job is that of `coordination.py` on one core, and a process before its
+job begins that of `timeline.py check`; both were measured on a CPU.
 """
 
 import json
@@ -70,7 +71,7 @@ def passes_on_gpu(operation: float, weight: float) -> tuple[float, float]:
     _, work, weights = features(shape_of(case["experts"]), 3, tokens, tokens // 8)
     passed = case["seconds"]["run what is shipped"]
     judged = 2 * batches * (work / WITH_BACKWARD * operation + weights * weight)
-    known = case["iterations"] * case["seconds_per_iteration"] + judged + PASSES * passed
+    known = case["iterations"] * case["seconds_per_iteration"] + judged + PASSES["quantized"] * passed
     return passed / (batches * work / WITH_BACKWARD), case["job_seconds"] - known
 
 
@@ -89,6 +90,15 @@ def of_cpu() -> tuple[list[list[float]], list[float], dict]:
         rows.append(features(config, 1, 8 * tokens, tokens))
         seconds.append(case["seconds_per_iteration"])
     return rows, seconds, measured["machine"]
+
+
+def of_graph() -> dict[str, float]:
+    """Seconds of the graph for a job, and of a process before its job begins."""
+    builds = json.loads((RESULTS / "coordination.json").read_text())
+    (graph,) = (run for run in builds if run["cores"] == 1 and run["scheduler"] == "greedy")
+    runs = json.loads((RESULTS / "timeline_check.json").read_text())["results"]
+    starts = [run["job_start"] for run in runs if run["cores"] == 1]
+    return {"coordination": graph["outside_a_job"], "job_start": sum(starts) / len(starts)}
 
 
 def main() -> None:
@@ -117,6 +127,7 @@ def main() -> None:
             "pass_operation": pass_operation,
             "pass_machine": pass_machine,
             "start": start,
+            **of_graph(),
         }
     (RESULTS / "rates.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

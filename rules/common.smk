@@ -61,6 +61,7 @@ from requant.planning import (
     check_hub_model,
     check_locked_source,
     check_storage,
+    file_rates,
     made_here,
     model_to_lock,
     text_files,
@@ -124,8 +125,8 @@ def or_warn(function, *arguments):
         print(f"warning: {error}", file=sys.stderr)
 
 
-# `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`.
-ASKED = ("model", "release", "upload")
+# `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`; rates to `plan`.
+ASKED = ("model", "release", "upload", "disk", "shared", "hub")
 GIVEN = {key: value for key, value in config.items() if key not in ASKED}
 CONFIG = or_stop(parse_config, or_stop(with_targets, GIVEN, Path(workflow.basedir) / FOLDER))
 
@@ -1333,3 +1334,8 @@ def source_file_bytes(model, name):
 def planned_tensors():
     """Tensors of the largest model of the build, which each submitted job plans again."""
     return max(len(checkpoint_plan(CONFIG.releases[release].model)[1]) for release in CONFIG.build)
+
+
+def rates_asked_for(_):
+    """Rates of files that a plan counts, bytes a second, of `--config disk=2 hub=0.1` (GB)."""
+    return or_stop(file_rates, config)

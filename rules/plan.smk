@@ -20,6 +20,7 @@ rule plan:
         "../envs/requant.yaml"
     params:
         subjects=plan_subjects,
+        files=rates_asked_for,
         rates=str(Path(workflow.basedir) / "benchmarks/results/rates.json"),
     script:
         "../scripts/plan.py"

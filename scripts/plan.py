@@ -29,5 +29,5 @@ with job(snakemake.log[0]):
         )
         for found in snakemake.params.subjects
     ]
-    records, table = plan_build(subjects, snakemake.params.rates, Path("results"))
+    records, table = plan_build(subjects, snakemake.params.rates, Path("results"), snakemake.params.files)
     progress(f"releases planned: {len(records)}, nothing built: results/*/plan.json\n{table}")

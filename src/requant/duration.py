@@ -35,8 +35,9 @@ from requant.shapes import BlockShapes, ModelShapes, pass_work
 if TYPE_CHECKING:
     from requant.structure import Kind, Structure
 
-# Passes over all samples that a quantize job makes beside tuning: input ranges, and the output as shipped.
-PASSES = 2
+# Passes over all samples that a quantize job makes beside tuning: input ranges, and the output as shipped, which blocks
+# that are tuned on the source's hidden states do without.
+PASSES = {"quantized": 2, "reference": 1}
 # A backward pass takes twice the products of a forward one.
 WITH_BACKWARD = 3
 STAGES = {
@@ -54,7 +55,7 @@ class Rates:
     """Times of one machine: seconds an iteration, an operation of its products, and a weight, fitted to `source`.
 
     pass_operation: seconds an operation of a pass takes on `pass_machine`. start: seconds of a job that are neither
-    iterations nor passes.
+    iterations nor passes. coordination: seconds of the graph for a job; job_start: of a process before its job begins.
     """
 
     machine: str
@@ -65,6 +66,8 @@ class Rates:
     pass_operation: float
     pass_machine: str
     start: float
+    coordination: float
+    job_start: float
 
     def tuning_seconds(self, work: float, weights: int, iterations: int) -> float:
         """Seconds of `iterations` whose forward pass takes `work` operations, over `weights` weights."""
@@ -79,37 +82,26 @@ def read_rates(path: str | Path, device: str) -> Rates:
         raise RequantError(f"{path}: no rates ({error}); expected what `python benchmarks/rates.py` writes") from None
 
 
-def stages(
-    structure: Structure,
-    release: str,
-    model: str,
-    name: str,
-    calibration: Calibration,
-    scheme: Scheme,
-    tuning: Tuning,
-    keep: list[str],
-    rates: Rates,
-    chain_rates: Rates,
-    results: Path,
-    load_test: bool = True,
-) -> list[StagePlan]:
-    """The stages of a build of `release` with the seconds of all their jobs, one job after another.
+@dataclass(frozen=True)
+class BlockSeconds:
+    """Seconds of a stage's job on each block, in order, and what they follow from; None if they are not known."""
 
-    name: of the calibration; rates: of the device that tunes, chain_rates: of that of the reference chain; results:
-    the build's directory of results, where measured jobs are looked for. load_test: whether the release has one.
+    stage: str
+    blocks: list[float] | None
+    basis: str
+
+    def plan(self, jobs: int) -> StagePlan:
+        """The stage as a plan has it, of so many jobs one after another."""
+        seconds = None if self.blocks is None else sum(self.blocks)
+        return StagePlan(stage=self.stage, jobs=jobs, seconds=seconds, basis=self.basis)
+
+
+def other_stages(release: str, results: Path, load_test: bool) -> list[StagePlan]:
+    """The stages of a release beside its blocks, with the seconds of their last run.
+
+    results: the build's directory of results. load_test: whether the release has one.
     """
-    if scheme.quantizes:
-        made_by = "quantize"
-        made, made_from = quantize_seconds(structure, calibration, scheme, tuning, keep, rates, results)
-    else:
-        made_by = "copy_block"
-        made, made_from = copy_seconds(structure, results / release / "blocks")
-    chain = results / "reference" / model / name
-    walked, walked_from = reference_seconds(structure, calibration, chain_rates, chain)
-    found = [
-        StagePlan(stage="reference", jobs=structure.blocks, seconds=walked, basis=walked_from),
-        StagePlan(stage=made_by, jobs=structure.blocks, seconds=made, basis=made_from),
-    ]
+    found = []
     for stage, kind in STAGES.items():
         if stage == "load_test" and not load_test:
             continue
@@ -117,33 +109,6 @@ def stages(
         basis = "measured: its last run" if record else "not known: no run of it was measured"
         found.append(StagePlan(stage=stage, jobs=1, seconds=record.seconds if record else None, basis=basis))
     return found
-
-
-def observation(
-    structure: Structure, calibration: Calibration, model: str, name: str, rates: Rates, results: Path
-) -> StagePlan:
-    """The passes of a whole model for its pruning: its reference chain, on the calibration called `name`."""
-    seconds, basis = reference_seconds(structure, calibration, rates, results / "reference" / model / name)
-    return StagePlan(stage="observe", jobs=structure.blocks, seconds=seconds, basis=basis)
-
-
-def seconds_on(devices: int, stages: list[StagePlan], inputs: str) -> float | None:
-    """Seconds of a release's passes and quantize jobs on so many equal devices; None where one is not known.
-
-    The reference chain is one block after another, and a block is tuned when it has passed. With `inputs: reference`
-    blocks are tuned side by side; with `quantized` one after another too, and a second device runs the chain ahead.
-    """
-    found = {stage.stage: stage for stage in stages if stage.stage in ("observe", "reference", "quantize")}
-    if "quantize" not in found or any(stage.seconds is None for stage in found.values()):
-        return None
-    observed = found["observe"].seconds if "observe" in found else 0.0
-    chain, tuned = found["reference"].seconds, found["quantize"].seconds
-    if devices == 1:
-        return observed + chain + tuned
-    last = tuned / found["quantize"].jobs
-    if inputs == "quantized":
-        return observed + max(chain + last, chain / found["reference"].jobs + tuned)
-    return observed + max(chain + last, (chain + tuned) / devices)
 
 
 def finished(path: Path, kind: type[Record]) -> Record | None:
@@ -154,12 +119,13 @@ def finished(path: Path, kind: type[Record]) -> Record | None:
         return None
 
 
-def copy_seconds(structure: Structure, blocks: Path) -> tuple[float | None, str]:
-    """(seconds of all jobs that copy a block, what they follow from): the records in `blocks` where all are there."""
+def copy_seconds(structure: Structure, blocks: Path) -> BlockSeconds:
+    """Of the jobs that copy a block: the records in `blocks` where all are there."""
     records = [finished(blocks / f"{block}.json", CopiedBlock) for block in range(structure.blocks)]
     if all(records):
-        return sum(record.seconds for record in records), "measured: their last run"
-    return None, "not known: as long as the disk takes to read the source and to write the release"
+        return BlockSeconds("copy_block", [record.seconds for record in records], "measured: their last run")
+    basis = "not known: as long as the disk takes to read the source and to write the release"
+    return BlockSeconds("copy_block", None, basis)
 
 
 def quantize_seconds(
@@ -170,34 +136,37 @@ def quantize_seconds(
     keep: list[str],
     rates: Rates,
     results: Path,
-) -> tuple[float | None, str]:
-    """(seconds of all quantize jobs, what they follow from).
+) -> BlockSeconds:
+    """Of quantize jobs.
 
     A kind of block that was tuned before with the same weights, settings, tokens and threads, whatever the release,
     takes the mean of those jobs. The model is of the engine `fused`.
     """
     traces = block_traces(results, scheme, tuning, calibration)
-    total, passes, measured, jobs = 0.0, 0.0, 0, 0
+    seconds, passes, measured, jobs = [0.0] * structure.blocks, 0.0, 0, 0
     for kind in structure.kinds:
         linears, _ = kind.linears(kind.blocks[0], scheme, keep)
         key = shape_key({f"{linear}.weight": kind_shape(kind, linear) for linear in linears})
         blocks = len(kind.blocks)
         if key in traces:
             measured, jobs = measured + blocks, jobs + len(traces[key])
-            total += blocks * mean(traces[key])
+            each = mean(traces[key])
         elif tuning.iters and tuning.engine != "fused":
-            return None, f"not known: no such job of engine {tuning.engine} was measured"
+            return BlockSeconds("quantize", None, f"not known: no such job of engine {tuning.engine} was measured")
         else:
             tuned, passed = modelled_seconds(structure, kind, calibration, tuning, rates)
             passes += blocks * passed
-            total += blocks * (tuned + passed)
+            each = tuned + passed
+        for block in kind.blocks:
+            seconds[block] = each
     if measured == structure.blocks:
-        return total, f"measured: {jobs} such jobs in results/"
+        return BlockSeconds("quantize", seconds, f"measured: {jobs} such jobs in results/")
     share = f"{measured} of {structure.blocks} blocks measured; " if measured else ""
-    return total, (
-        f"model: {share}tuning on {rates.machine} ({rates.source}); {100 * passes / total:.0f} % of it passes on "
-        f"{rates.pass_machine}; reading and writing files not counted"
+    basis = (
+        f"model: {share}tuning on {rates.machine} ({rates.source}); {100 * passes / sum(seconds):.0f} % of it passes "
+        f"on {rates.pass_machine}; reading and writing files not counted"
     )
+    return BlockSeconds("quantize", seconds, basis)
 
 
 def kind_shape(kind: Kind, linear: str) -> tuple[int, int]:
@@ -251,16 +220,24 @@ def modelled_seconds(
     if tuning.iters and tuning.judges_by_samples:
         batches = -(-calibration.nsamples // batch)
         seconds += 2 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
-    return rates.start + seconds, PASSES * everything * rates.pass_operation
+    return rates.start + seconds, PASSES[tuning.inputs] * everything * rates.pass_operation
 
 
-def reference_seconds(structure: Structure, calibration: Calibration, rates: Rates, chain: Path) -> tuple[float, str]:
-    """(seconds of all reference jobs, what they follow from): the records in `chain` where all are there."""
+def reference_seconds(
+    structure: Structure, calibration: Calibration, rates: Rates, chain: Path, stage: str = "reference"
+) -> BlockSeconds:
+    """Of the jobs of a reference chain: the records in its folder `chain` where all are there, else the model.
+
+    stage: what the plan calls them; `observe` where experts are chosen by them.
+    """
     records = [finished(chain / f"routing_{block}.json", RoutingRecord) for block in range(structure.blocks)]
     if all(records):
-        return sum(record.seconds for record in records), "measured: their last run"
+        return BlockSeconds(stage, [record.seconds for record in records], "measured: their last run")
     tokens = (calibration.nsamples + calibration.heldout.nsamples) * calibration.seqlen
-    work = sum(
-        len(kind.blocks) * pass_work(kind, structure.config, tokens, calibration.seqlen) for kind in structure.kinds
-    )
-    return work * rates.pass_operation, f"model: on {rates.pass_machine}; reading and writing files not counted"
+    seconds = [0.0] * structure.blocks
+    for kind in structure.kinds:
+        work = pass_work(kind, structure.config, tokens, calibration.seqlen)
+        for block in kind.blocks:
+            seconds[block] = work * rates.pass_operation
+    basis = f"model: on {rates.pass_machine}; reading and writing files not counted"
+    return BlockSeconds(stage, seconds, basis)

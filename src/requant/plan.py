@@ -13,16 +13,24 @@ from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
-from requant.disk import chain_files, nearest_folder, reference_files
+from requant.disk import chain_files, hidden_bytes, nearest_folder, reference_files
 from requant.download import bytes_to_come, remote_model
-from requant.duration import observation, read_rates, seconds_on, stages
+from requant.duration import (
+    BlockSeconds,
+    Rates,
+    copy_seconds,
+    other_stages,
+    quantize_seconds,
+    read_rates,
+    reference_seconds,
+)
 from requant.engine_command import is_pinned
 from requant.errors import RequantError
 from requant.locks import load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
 from requant.preflight import check_model, check_numbers
 from requant.pruning import kept_experts
-from requant.records import DiskPlan, PlanRecord, SchemePlan, TargetPlan, write_json
+from requant.records import DiskPlan, PlanRecord, SchemePlan, StagePlan, TargetPlan, TimelinePlan, write_json
 from requant.schemes import SCHEMES, Scheme
 from requant.served_copy import why_decoded
 from requant.structure import ReleaseSize, Structure
@@ -35,6 +43,7 @@ from requant.targets import (
     unsupported,
     wanted_context,
 )
+from requant.timeline import Machine, Work, jobs_of, segment_of, simulate
 from requant.view import routed_experts
 from requant.wording import duration, gb
 
@@ -151,10 +160,16 @@ def has_shards(checkpoint: Checkpoint) -> bool:
     return all(there)
 
 
-def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path) -> PlanRecord:
+DEVICES, INPUTS = (1, 8, 64), ("quantized", "reference")
+
+
+def plan(
+    subject: Subject, source: Source, rates_path: str | Path, results: Path, files: dict[str, float] | None = None
+) -> PlanRecord:
     """The plan of one release. rates_path: what benchmarks/rates.py wrote; results: where earlier jobs left records.
 
-    Raises RequantError if nothing of the model would be quantized, or it can't be pruned so.
+    files: bytes a second of `disk`, `shared` and `hub` (`requant.timeline.Machine`), as far as they count. Raises
+    RequantError if nothing of the model would be quantized, or it can't be pruned so.
     """
     whole, settings, calibration = source.structure, subject.settings, subject.calibration
     model = subject.pruned(whole)
@@ -166,26 +181,10 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
             f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
         )
     moe = [kind for kind in model.kinds if kind.experts]
-    rates, chain_rates = (read_rates(rates_path, device) for device in (tuning.device, subject.device))
-    observed = []
-    if subject.prune is not None:
-        chain = (subject.observed, subject.pruned_from, subject.prune.calibration)
-        observed.append(observation(whole, *chain, chain_rates, results))
-    found_stages = stages(
-        model,
-        subject.release,
-        settings.model,
-        settings.calibration,
-        calibration,
-        scheme,
-        tuning,
-        settings.keep,
-        rates,
-        chain_rates,
-        results,
-        load_test_blocks(settings, model) > 0,
-    )
-    every_stage = [*observed, *found_stages]
+    rates = read_rates(rates_path, tuning.device)
+    of_blocks = block_seconds(subject, whole, model, rates, read_rates(rates_path, subject.device), results)
+    every_stage = [of_blocks[name].plan(model.blocks) for name in ("observe", "reference", "made") if name in of_blocks]
+    every_stage += other_stages(subject.release, results, load_test_blocks(settings, model) > 0)
     return PlanRecord(
         release=subject.release,
         model=settings.model,
@@ -211,10 +210,94 @@ def plan(subject: Subject, source: Source, rates_path: str | Path, results: Path
         source_files_known=source.files is not None,
         target=target_plan(subject, model, sizes[scheme.name].files, scheme),
         stages=every_stage,
-        seconds_by_devices={count: seconds_on(count, every_stage, tuning.inputs) for count in (1, 8)},
+        timelines=timelines(work_of(subject, source, model, of_blocks, every_stage), rates, files or {}, tuning.segment),
         pruned_from=subject.pruned_from,
         experts_before=None if subject.prune is None else routed_experts(whole.config),
     )
+
+
+def block_seconds(
+    subject: Subject, whole: Structure, model: Structure, rates: Rates, chain_rates: Rates, results: Path
+) -> dict[str, BlockSeconds]:
+    """Seconds of each block's jobs: `reference`, `made`, and of a pruned model `observe` and `original`.
+
+    rates: of the device that tunes, chain_rates: of that of the reference chains. original: of the model that it is
+    pruned from, on the release's own tokens; not there if these are what its experts were observed on.
+    """
+    settings, calibration, chains = subject.settings, subject.calibration, results / "reference"
+    scheme = SCHEMES[settings.scheme]
+    own = chains / settings.model / settings.calibration
+    found = {"reference": reference_seconds(model, calibration, chain_rates, own)}
+    if scheme.quantizes:
+        found["made"] = quantize_seconds(model, calibration, scheme, settings.tuning, settings.keep, rates, results)
+    else:
+        found["made"] = copy_seconds(model, results / subject.release / "blocks")
+    if subject.prune is not None:
+        at = subject.prune.calibration
+        folder = chains / subject.pruned_from
+        found["observe"] = reference_seconds(whole, subject.observed, chain_rates, folder / at, "observe")
+        if at != settings.calibration:
+            found["original"] = reference_seconds(whole, calibration, chain_rates, folder / settings.calibration)
+    return found
+
+
+def work_of(
+    subject: Subject, source: Source, model: Structure, seconds: dict[str, BlockSeconds], stages: list[StagePlan]
+) -> Work | None:
+    """What the release's jobs take, for `timelines`; None if seconds are not known, or nothing is quantized."""
+    settings, calibration, whole = subject.settings, subject.calibration, source.structure
+    scheme = SCHEMES[settings.scheme]
+    if not scheme.quantizes or any(found.blocks is None for found in seconds.values()):
+        return None
+    size = model.release_size(scheme, settings.keep, settings.mtp == "drop")
+    states = {name: hidden_bytes(calibration, model.config["hidden_size"], heldout=name) for name in (False, True)}
+    pruned = subject.prune is not None
+    return Work(
+        reference=seconds["reference"].blocks,
+        quantize=seconds["made"].blocks,
+        observe=seconds["observe"].blocks if pruned else (),
+        sequential=pruned and subject.prune.observe == "sequential",
+        original=seconds["original"].blocks if "original" in seconds else (),
+        source=whole.source_blocks,
+        kept=model.source_blocks if pruned else (),
+        packed=size.blocks,
+        outside=sum(tensor.bytes for tensor in whole.outside.values()),
+        calibration=states[False],
+        heldout=states[True] - states[False],
+        comes=source.missing > 0,
+        first=load_test_blocks(settings, model),
+        walks=0 if subject.device == "cpu" != settings.tuning.device else 1,
+        gpu=settings.tuning.device != "cpu",
+        stages={stage.stage: stage.seconds for stage in stages if stage.jobs == 1 and stage.seconds is not None},
+    )
+
+
+def timelines(
+    work: Work | None, rates: Rates, files: dict[str, float], segment: int | None = None
+) -> list[TimelinePlan]:
+    """Simulated builds on some numbers of devices, tuned on either inputs; on one device these take as long.
+
+    segment: the release's `tuning.segment`.
+    """
+    found = []
+    for devices in DEVICES if work else ():
+        machine = Machine(devices, start=rates.job_start, coordination=rates.coordination, **files)
+        for inputs in INPUTS:
+            timeline = simulate(jobs_of(work, segment_of(inputs, len(work.blocks), segment)), machine)
+            seconds = timeline.end_of("quantize")
+            taken = sum(
+                min(run.end, seconds) - run.start for run in timeline.runs if run.devices and run.start < seconds
+            )
+            found.append(
+                TimelinePlan(
+                    devices=devices,
+                    inputs=inputs,
+                    seconds=seconds,
+                    busy=taken / (devices * seconds),
+                    states_bytes=timeline.peak,
+                )
+            )
+    return found
 
 
 def memory_of_jobs(subject: Subject, model: Structure, whole: Structure) -> dict[str, int]:
@@ -392,7 +475,9 @@ def made_text(text: TextSource) -> bool:
     return Path(text.path).parts[:2] == ("results", "demo")
 
 
-def plan_build(subjects: list[Subject], rates_path: str | Path, results: Path) -> tuple[list[PlanRecord], str]:
+def plan_build(
+    subjects: list[Subject], rates_path: str | Path, results: Path, files: dict[str, float] | None = None
+) -> tuple[list[PlanRecord], str]:
     """(the plans of a build's releases, each written to results/{release}/plan.json; all of them as one table)."""
     sources: dict[str, Source] = {}
     for subject in subjects:
@@ -400,7 +485,7 @@ def plan_build(subjects: list[Subject], rates_path: str | Path, results: Path) -
             sources[subject.files_of] = source_of(subject.source, subject.lock, subject.repository)
     records = []
     for subject in subjects:
-        records.append(plan(subject, sources[subject.files_of], rates_path, results))
+        records.append(plan(subject, sources[subject.files_of], rates_path, results, files))
         write_json(results / subject.release / "plan.json", records[-1])
     return records, table(records, jobs(subjects, sources), build_peak(subjects, records, sources))
 
@@ -472,9 +557,10 @@ def rows(record: PlanRecord) -> dict[str, str]:
         )
     known = [stage.seconds for stage in record.stages if stage.seconds is not None]
     found["time of what is known"] = plain(sum(known))
-    for devices, seconds in record.seconds_by_devices.items():
-        plural = "device" if devices == 1 else "devices"
-        found[f"  to quantize, {devices} {plural}"] = "not known" if seconds is None else plain(seconds)
+    for found_on in record.timelines:
+        plural = "device" if found_on.devices == 1 else "devices"
+        row = f"  to quantize, {found_on.devices} {plural}, {found_on.inputs}"
+        found[row] = f"{plain(found_on.seconds)}, hidden states {gb(found_on.states_bytes)}"
     return found
 
 

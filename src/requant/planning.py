@@ -88,3 +88,19 @@ def model_to_lock(asked: object, models: Iterable[str]) -> str:
     if str(asked) not in models:
         raise RequantError(f"--config model={asked}: not in `models`, or pruned from one; expected one of {known}")
     return str(asked)
+
+
+def file_rates(asked: dict[str, object]) -> dict[str, float]:
+    """Bytes a second from `--config disk=, shared=, hub=` in GB; those that are not asked for do not count.
+
+    Raises RequantError naming the first that is no number above 0.
+    """
+    found = {}
+    for name in ("disk", "shared", "hub"):
+        value = asked.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise RequantError(f"--config {name}={value}: expected GB a second, a number above 0")
+        found[name] = value * 1e9
+    return found

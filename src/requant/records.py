@@ -628,6 +628,16 @@ class StagePlan(Record):
     basis: str = Field(description="what the seconds follow from")
 
 
+class TimelinePlan(Record):
+    """A simulated build up to its last block, with what comes after that is known."""
+
+    devices: int
+    inputs: Literal["quantized", "reference"] = Field(description="what blocks are tuned on")
+    seconds: float = Field(description="until the last block is made")
+    busy: float = Field(description="share of the devices' time until then in which they are taken")
+    states_bytes: int = Field(description="hidden states at a time, at most, each deleted behind its last reader")
+
+
 class PlanRecord(Record):
     """results/{release}/plan.json: what a build of the release will take, predicted before anything runs."""
 
@@ -658,8 +668,8 @@ class PlanRecord(Record):
     source_files_known: bool = Field(description="false: one more job for each file of the source")
     target: TargetPlan
     stages: list[StagePlan]
-    seconds_by_devices: dict[int, float | None] = Field(
-        description="by number of equal devices: reference passes and quantize jobs; null where one is not known"
+    timelines: list[TimelinePlan] = Field(
+        description="simulated on equal devices; none if seconds of a block are not known, or nothing is quantized"
     )
     pruned_from: str | None = Field(None, description="the model whose files are read; null if it is not pruned")
     experts_before: int | None = Field(None, description="routed experts of its MoE blocks")

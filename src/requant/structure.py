@@ -111,6 +111,12 @@ class Structure:
         )
         return self.parameters - idle - self.drafting
 
+    @property
+    def source_blocks(self) -> list[int]:
+        """Bytes of each block in the checkpoint, as `source_bytes` counts them; of a pruned model those it reads."""
+        found = {block: source_bytes(kind, self.config) for kind in self.kinds for block in kind.blocks}
+        return [found[block] for block in sorted(found)]
+
     def pruned(self, experts: int) -> "Structure":
         """The model with `experts` of its routed experts and no multi-token prediction, read from the same shards."""
         config = pruned_config(self.config, experts)

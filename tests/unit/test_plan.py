@@ -56,7 +56,8 @@ def subject(data: dict, release: str, directory: Path, lock: Path | None = None)
     if model.prune:
         observed = config.calibrations[model.prune.calibration]
         pruning = {"pruned_from": model.source_model, "prune": model.prune, "observed": observed}
-    return Subject(release, found, calibration, target, str(directory), lock and str(lock), **pruning)
+    source = (str(directory), lock and str(lock))
+    return Subject(release, found, calibration, target, *source, device=config.device, **pruning)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,13 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
     assert record.disk.load_test == by_hand.rest, "embeddings, norm and head; the blocks are links"
     assert record.disk.peak == sum(getattr(record.disk, part) for part in DISK) + record.disk.load_test
     assert "H100" in next(stage.basis for stage in record.stages if stage.stage == "quantize")
+    found = {(timeline.devices, timeline.inputs): timeline for timeline in record.timelines}
+    assert sorted(found) == [(count, inputs) for count in (1, 8, 64) for inputs in ("quantized", "reference")]
+    blocks = sum(stages[stage].seconds for stage in ("observe", "reference", "quantize"))
+    assert blocks < found[1, "reference"].seconds < blocks + 3600, "and the start of each process"
+    assert found[1, "quantized"].seconds == found[1, "reference"].seconds
+    assert found[8, "reference"].states_bytes < found[8, "quantized"].states_bytes < record.disk.reference
+    assert "to quantize, 64 devices, reference" in table
     assert "config alone" not in table and "config.json alone" in table and "chosen" in table
     assert record.download_bytes == record.source_bytes > 0 and not record.source_files_known
 
@@ -356,6 +364,19 @@ def write_trace(path: Path, found: Subject, block: int, seconds: float, shapes: 
         sha256="0" * 64,
     )
     write_json(path, record)
+
+
+def test_timelines_count_files_at_the_rates_that_are_asked_for(tiny_models):
+    data = config_of(releases={"r": {"model": "demo-moe", "scheme": "W3A16", "calibration": "demo"}}, build=["r"])
+    found = subject(data, "r", tiny_models / "deepseek_v3")
+    source = source_of(found.source, None)
+    files = {"disk": 1e3}
+    alone, slow = (plan(found, source, RATES, Path("no"), rates).timelines for rates in ({}, files))
+    read = source.structure.stored + 2 * sum(source.structure.source_blocks)
+    assert slow[0].seconds - alone[0].seconds > read / 1e3, "checked, walked and tuned"
+    assert slow[0].seconds > slow[2].seconds and slow[0].states_bytes == alone[0].states_bytes
+    data["releases"]["r"]["scheme"] = "BF16"
+    assert plan(subject(data, "r", tiny_models / "deepseek_v3"), source, RATES, Path("no")).timelines == []
 
 
 # What a build would refuse

@@ -6,7 +6,7 @@ import pytest
 
 from requant.config import Calibration
 from requant.errors import RequantError
-from requant.planning import check_locked_source, model_to_lock, text_files
+from requant.planning import check_locked_source, file_rates, model_to_lock, text_files
 
 
 def settings(sources, heldout=None) -> dict:
@@ -67,3 +67,10 @@ def test_a_lock_is_of_a_model_of_the_config():
         RequantError, match=r"^--config model=c: not in `models`, or pruned from one; expected one of a, b$"
     ):
         model_to_lock("c", {"b": 1, "a": 2})
+
+
+def test_rates_of_files_are_gigabytes_a_second():
+    assert file_rates({"disk": 2, "hub": 0.1, "model": "m"}) == {"disk": 2e9, "hub": 1e8}
+    for value in ("fast", 0, -1.0, True, float("inf")):
+        with pytest.raises(RequantError, match=r"^--config shared=\S+: expected GB a second, a number above 0$"):
+            file_rates({"shared": value})
