@@ -13,7 +13,7 @@ from requant import fp8, structure
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
-from requant.disk import chain_files, hidden_bytes, nearest_folder, reference_files
+from requant.disk import chain_files, heldout_bytes, hidden_bytes, nearest_folder, reference_files
 from requant.download import bytes_to_come, remote_model
 from requant.duration import (
     BlockSeconds,
@@ -210,7 +210,9 @@ def plan(
         source_files_known=source.files is not None,
         target=target_plan(subject, model, sizes[scheme.name].files, scheme),
         stages=every_stage,
-        timelines=timelines(work_of(subject, source, model, of_blocks, every_stage), rates, files or {}, tuning.segment),
+        timelines=timelines(
+            work_of(subject, source, model, of_blocks, every_stage), rates, files or {}, tuning.segment
+        ),
         pruned_from=subject.pruned_from,
         experts_before=None if subject.prune is None else routed_experts(whole.config),
     )
@@ -250,7 +252,7 @@ def work_of(
     if not scheme.quantizes or any(found.blocks is None for found in seconds.values()):
         return None
     size = model.release_size(scheme, settings.keep, settings.mtp == "drop")
-    states = {name: hidden_bytes(calibration, model.config["hidden_size"], heldout=name) for name in (False, True)}
+    width = model.config["hidden_size"]
     pruned = subject.prune is not None
     return Work(
         reference=seconds["reference"].blocks,
@@ -262,8 +264,8 @@ def work_of(
         kept=model.source_blocks if pruned else (),
         packed=size.blocks,
         outside=sum(tensor.bytes for tensor in whole.outside.values()),
-        calibration=states[False],
-        heldout=states[True] - states[False],
+        calibration=hidden_bytes(calibration, width),
+        heldout=heldout_bytes(calibration, width),
         comes=source.missing > 0,
         first=load_test_blocks(settings, model),
         walks=0 if subject.device == "cpu" != settings.tuning.device else 1,

@@ -20,7 +20,7 @@ from requant.sizes import Shaped
 from requant.view import pruned_config
 
 CALIBRATION = Calibration(nsamples=8, seqlen=64)
-RATES = Rates("a machine", "measured", 0.01, 1e-12, 1e-9, 1e-12, "the same", 1.0)
+RATES = Rates("a machine", "measured", 0.01, 1e-12, 1e-9, 1e-12, "the same", 1.0, coordination=0.1, job_start=2.0)
 
 
 @pytest.fixture(scope="module", params=["deepseek_v3", "deepseek_v32", "mixtral", "qwen3_moe", "llama"])
