@@ -28,7 +28,7 @@ SHELL := bash
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help card environment test format lint unit faults lock wheelhouses clean distclean
+.PHONY: help card environment cluster test format lint unit faults lock wheelhouses clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,8 @@ card: $(VENV)/.installed  ## build the releases of the config, and model_card.md
 	snakemake --cores $(CORES) model_card.md $(SNAKEMAKE_ARGS)
 
 environment: $(VENV)/.installed  ## make .venv from the locks, checking every hash
+
+cluster: $(VENV)/.installed-cluster  ## add what builds on Slurm and Kubernetes need (docs/cluster.md)
 
 test: format lint $(VENV)/.installed-test  ## everything that continuous integration checks
 	$(PYTEST) $(PYTEST_ARGS)
@@ -55,7 +57,7 @@ unit: $(VENV)/.installed-test  ## the fast tests only
 faults: $(VENV)/.installed-test  ## kills, full disks, flipped bits and clocks set back, in faults/ (an hour)
 	python -m tests.faults --into faults
 
-lock: envs/build.in envs/requirements.in envs/test.in  ## resolve envs/*.in; UPGRADE=1: all anew (network, some minutes)
+lock: envs/build.in envs/requirements.in envs/cluster.in envs/test.in  ## resolve envs/*.in; UPGRADE=1: all anew (network, some minutes)
 	rm -rf .venv-lock
 	$(or $(PYTHON),python3.11) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet pip-tools==7.6.2
@@ -99,7 +101,15 @@ $(VENV)/.installed: $(LOCKS) pyproject.toml
 	$(VENV)/bin/python -m pip check
 	@touch $@
 
-$(VENV)/.installed-test: envs/test.lock $(VENV)/.installed
+$(VENV)/.installed-cluster: envs/cluster.lock $(VENV)/.installed
+	$(INSTALL) -r envs/cluster.lock
+	$(VENV)/bin/python -m pip check
+	@touch $@
+
+# What clusters need is beside the environment: tests are held against one without it, but for those of clusters.
+$(VENV)/.installed-test: envs/test.lock envs/cluster.lock $(VENV)/.installed
+	rm -rf $(VENV)/cluster
+	$(INSTALL) --target $(VENV)/cluster -r envs/cluster.lock
 	$(INSTALL) -r envs/test.lock
 	$(VENV)/bin/python -m pip check
 	@touch $@

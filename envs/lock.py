@@ -4,6 +4,7 @@
     requirements.lock   what every machine installs, but for torch
     torch-cpu.lock      torch, the build without CUDA
     torch-cuda.lock     torch, the build with CUDA, and the CUDA packages that it needs
+    cluster.lock        what builds on a cluster need besides
     test.lock           what `make test` needs besides
     requant.yaml        the same versions for `snakemake --sdm conda`
 
@@ -109,20 +110,23 @@ def main() -> None:
     whole = ["requirements.lock", "torch-cuda.lock"]
     build = compile_pins(["build.in"], ["build.lock"] if keep else [])
     base = compile_pins(["requirements.in"], whole if keep else [])
-    test = compile_pins(["requirements.in", "test.in"], [*whole, "test.lock"] if keep else [])
-    changed = sorted(base.keys() - test.keys())
-    if changed:
-        raise SystemExit(f"envs/lock.py: test.in changes {', '.join(changed)}: loosen or move its pins")
+    extra = {}
+    for name in ("cluster", "test"):
+        found = compile_pins(["requirements.in", f"{name}.in"], [*whole, f"{name}.lock"] if keep else [])
+        changed = sorted(base.keys() - found.keys())
+        if changed:
+            raise SystemExit(f"envs/lock.py: {name}.in changes {', '.join(changed)}: loosen or move its pins")
+        extra[name] = [entry for pin, entry in found.items() if pin not in base]
     torch = next(pin for pin in base if pin.startswith("torch=="))
     common = {pin: entry for pin, entry in base.items() if not CUDA_BUILD.match(pin)}
     cuda = [entry for pin, entry in base.items() if CUDA_BUILD.match(pin)]
-    extra = [entry for pin, entry in test.items() if pin not in base]
 
     write_lock("build.lock", "build.in", "The installers.", list(build.values()))
     write_lock("requirements.lock", "requirements.in", "Everything but torch.", list(common.values()))
     write_lock("torch-cpu.lock", "requirements.in", "torch without CUDA.", torch_cpu(torch))
     write_lock("torch-cuda.lock", "requirements.in", "torch with CUDA, and what only it needs.", cuda)
-    write_lock("test.lock", "test.in", "For `make test`, besides the others.", extra)
+    write_lock("cluster.lock", "cluster.in", "For builds on a cluster, besides the others.", extra["cluster"])
+    write_lock("test.lock", "test.in", "For `make test`, besides the others.", extra["test"])
     write("requant.yaml", CONDA + "".join(f"      - {pin}\n" for pin in sorted([*common, torch])))
 
 

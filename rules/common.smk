@@ -1209,6 +1209,7 @@ def plan_subject(release):
         "source": source_dir(settings.model),
         "lock": lock_file(settings.model),
         "device": CONFIG.device,
+        "keep_hidden_states": CONFIG.keep_hidden_states,
         "publishing": publishing(SimpleNamespace(release=release)),
         "served": {
             name: entry.source == "measured"

@@ -26,6 +26,7 @@ with job(snakemake.log[0]):
             found["device"],
             tuple(found["publishing"]),
             found["served"],
+            found["keep_hidden_states"],
         )
         for found in snakemake.params.subjects
     ]

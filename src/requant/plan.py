@@ -71,6 +71,7 @@ class Subject:
     device: str = "cpu"
     publishing: tuple[str, ...] = ()
     served: dict[str, bool] = field(default_factory=dict)
+    keep_hidden_states: bool = True
 
     @property
     def files_of(self) -> str:
@@ -362,14 +363,16 @@ def load_test_bytes(subject: Subject, model: Structure, decoded: bool) -> int:
 
 
 def states(subject: Subject, model: Structure) -> dict[str, int]:
-    """Size of each file of tokens and hidden states that the release rests on, or has of its own."""
-    files = chain_files(subject.release, subject.calibration, model.config, subject.settings.chained)
+    """Size of each file of tokens and hidden states that the release rests on, or has of its own; where they go when
+    they were read, of those that are there at a time with one job after another."""
+    kept = subject.keep_hidden_states
+    files = chain_files(subject.release, subject.calibration, model.config, subject.settings.chained, kept)
     for walked, name, calibration in subject.chains():
-        files |= reference_files(walked, subject.files_of, name, calibration, model.config)
+        files |= reference_files(walked, subject.files_of, name, calibration, model.config, kept=kept)
     if subject.prune is not None and subject.prune.observe == "sequential":
         for walked in subject.rivals():
             at = subject.prune.calibration
-            files |= reference_files(walked, subject.files_of, at, subject.observed, model.config, ends=False)
+            files |= reference_files(walked, subject.files_of, at, subject.observed, model.config, False, kept)
     return files
 
 

@@ -1,7 +1,6 @@
 """A build through a real Slurm: several jobs at once, jobs lost, and the bytes of a build on one machine."""
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from building import ROOT, Build, environment, lay_out
+from building import ROOT, Build, environment, lay_out, with_plugins
 from cluster import Cluster
 
 pytestmark = pytest.mark.workflow
@@ -74,8 +73,6 @@ def command(*arguments: str) -> list[str]:
 @pytest.fixture(scope="module")
 def through_slurm(cluster: Cluster, local: Build, tmp_path_factory) -> Watched:
     """The same through Slurm, behind the reference chain; a job is cancelled, the node drained and resumed."""
-    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        pytest.skip("needs snakemake-executor-plugin-slurm, of this environment's lock")
     build = Build(tmp_path_factory.mktemp("cluster") / "build")
     shutil.copytree(local.directory, build.directory, symlinks=True)
     for release in (RELEASE, COPIED):
@@ -86,7 +83,7 @@ def through_slurm(cluster: Cluster, local: Build, tmp_path_factory) -> Watched:
         process = subprocess.Popen(
             command(*QUICK, *BENT, "--", *TARGETS),
             cwd=build.directory,
-            env=cluster.environment | environment() | {"PATH": cluster.environment["PATH"]},
+            env=with_plugins(cluster.environment | environment() | {"PATH": cluster.environment["PATH"]}),
             stdout=output,
             stderr=output,
         )

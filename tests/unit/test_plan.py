@@ -57,7 +57,8 @@ def subject(data: dict, release: str, directory: Path, lock: Path | None = None)
         observed = config.calibrations[model.prune.calibration]
         pruning = {"pruned_from": model.source_model, "prune": model.prune, "observed": observed}
     source = (str(directory), lock and str(lock))
-    return Subject(release, found, calibration, target, *source, device=config.device, **pruning)
+    kept = {"keep_hidden_states": config.keep_hidden_states}
+    return Subject(release, found, calibration, target, *source, device=config.device, **kept, **pruning)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,24 @@ def test_presets_plan_offline_from_a_bare_config(tmp_path, stem, experts, size):
 
 
 DISK = ("source", "tokens", "reference", "chain", "shards")
+
+
+def test_states_that_go_when_they_were_read_are_planned_by_those_at_a_time(tmp_path):
+    found = {}
+    for kept in (True, False):
+        data = config_of(keep_hidden_states=kept)
+        data["releases"] = dict(
+            data["releases"], apart=data["releases"]["demo-nvfp4"] | {"tuning": {"inputs": "reference"}}
+        )
+        for name in ("demo-nvfp4", "apart"):
+            records, _ = plan_build([subject(data, name, ROOT / "demo/model")], RATES, tmp_path / "results")
+            found[name, kept] = (records[0].disk, records[0].jobs)
+    a_file = found["demo-nvfp4", False][0].chain
+    assert a_file > 2 * 128 * 128 * 128 and found["demo-nvfp4", True][0].chain == 6 * a_file
+    assert found["apart", True][0].chain == found["apart", False][0].chain == 0
+    fewer = found["apart", True][0].reference - found["apart", False][0].reference
+    assert fewer == 5 * a_file, "two of seven; those of held-out tokens stay"
+    assert found["apart", True][1]["quantize_apart"] == 6 and "quantize" not in found["apart", True][1]
 
 
 def test_the_load_test_is_planned_where_there_is_one(tiny_models):

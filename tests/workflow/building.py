@@ -6,12 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import tiny
 import yaml
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = Path(sys.prefix) / "cluster"
 
 TASK = """\
 task: tiny
@@ -110,6 +112,14 @@ def environment() -> dict[str, str]:
     """The environment of a build: nothing of pytest's, one thread a job."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def with_plugins(settings: dict[str, str]) -> dict[str, str]:
+    """An environment that has the plugins of envs/cluster.lock too; skips where `make test` has not installed them."""
+    if not PLUGINS.is_dir():
+        pytest.skip(f"needs {PLUGINS}, which `make test` installs from envs/cluster.lock")
+    path = os.pathsep.join(filter(None, [settings.get("PYTHONPATH"), str(PLUGINS)]))
+    return settings | {"PYTHONPATH": path}
 
 
 def lay_out(directory: Path, models: tuple[str, ...] = tuple(MODELS), iters: int = 2) -> Build:

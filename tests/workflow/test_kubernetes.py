@@ -1,6 +1,5 @@
 """The jobs that a build makes of Kubernetes, as data; their commands run here, as their containers would run them."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from building import ROOT, Build, environment, lay_out
+from building import ROOT, Build, environment, lay_out, with_plugins
 
 PROFILE = ROOT / "profiles/kubernetes"
 STAND_IN = Path(__file__).parent / "kubernetes_stand_in.py"
@@ -18,8 +17,6 @@ RECORD = "results/source/ll/source.json"
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Build:
     """A working directory, in the place of a volume that is mounted at the directory above."""
-    if importlib.util.find_spec("snakemake_executor_plugin_kubernetes") is None:
-        pytest.skip("needs snakemake-executor-plugin-kubernetes, of this environment's lock")
     return lay_out(tmp_path_factory.mktemp("volume") / "build", ("ll",))
 
 
@@ -28,7 +25,7 @@ def bodies(build) -> list[dict]:
     """The jobs of a source's check, the first attempt at its last one killed."""
     folder = build.directory.parent / "bodies"
     folder.mkdir()
-    inherited = environment()
+    inherited = with_plugins(environment())
     path = ":".join(filter(None, [str(PROFILE), inherited.get("PYTHONPATH", "")]))
     options = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "mine.yaml", "--workflow-profile", "kubernetes"]
     volume = ["--kubernetes-volume-persistent-volumes", f"models:{build.directory.parent}"]
@@ -102,7 +99,7 @@ def test_the_plugin_alone_shares_no_file_system(build):
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", *options, "--executor", "kubernetes", "--jobs", "1", "--", RECORD],
         cwd=build.directory,
-        env=environment(),
+        env=with_plugins(environment()),
         capture_output=True,
         text=True,
         timeout=600,
