@@ -51,7 +51,12 @@ def test_every_lock_entry_has_an_exact_version_and_a_hash(name):
 
 @pytest.mark.parametrize(
     ("source", "locks"),
-    [("build", ["build"]), ("requirements", ["requirements", "torch-cuda"]), ("test", ["test"])],
+    [
+        ("build", ["build"]),
+        ("requirements", ["requirements", "torch-cuda"]),
+        ("cluster", ["cluster"]),
+        ("test", ["test"]),
+    ],
 )
 def test_locks_hold_the_pins_of_their_sources(source, locks):
     text = (ENVS / f"{source}.in").read_text(encoding="utf-8")
@@ -66,7 +71,8 @@ def test_locks_agree_with_each_other_and_with_the_conda_environment():
     assert pins_in(lock("torch-cpu")) == {"torch": pins_in(lock("torch-cuda"))["torch"]}
     common = pins_in(lock("requirements"))
     assert common["setuptools"] == pins_in(lock("build"))["setuptools"]
-    assert not common.keys() & (pins_in(lock("torch-cuda")).keys() | pins_in(lock("test")).keys())
+    others = [pins_in(lock(name)) for name in ("torch-cuda", "cluster", "test")]
+    assert not any(common.keys() & other.keys() for other in others)
     conda = yaml.safe_load((ENVS / "requant.yaml").read_text(encoding="utf-8"))
     by_pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
     assert pins_in("\n".join(by_pip)) == common | pins_in(lock("torch-cpu"))
