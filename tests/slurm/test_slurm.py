@@ -21,8 +21,8 @@ TARGETS = [f"results/{RELEASE}/pack.json", *(f"results/{COPIED}/blocks/{block}.s
 QUICK = ["--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "5", "--cores", "2"]
 # A block gets less memory than it takes, until it is tried again. Each asks for one of two files that pass for GPUs.
 STARVED = "700 * 2 ** (attempt - 1) if wildcards.block == '1' else 1600"
-BENT = ["--set-resources", f"quantize:mem_mb={STARVED}", "quantize:gpu=1"]
-LOST_JOB, STARVED_JOB = (f"rule_quantize_wildcards_{RELEASE}_{block}" for block in (0, 1))
+BENT = ["--set-resources", f"quantize_apart:mem_mb={STARVED}", "quantize_apart:gpu=1"]
+LOST_JOB, STARVED_JOB = (f"rule_quantize_apart_wildcards_{RELEASE}_{block}" for block in (0, 1))
 MINUTES = 8
 
 
