@@ -1,6 +1,6 @@
 """What the graph takes outside of its jobs: a build of 61 blocks and two releases whose jobs do nothing.
 
-    python benchmarks/coordination.py [--blocks 61] [--experts 256] [--cores 1 2] [--schedulers greedy ilp] [--out FILE]
+    python benchmarks/coordination.py [--blocks 61] [--experts 256] [--cores 1 2] [--schedulers ilp greedy] [--out FILE]
 
 The graph is the real one, in a copy of the checkout in which each script makes empty outputs and ends; rules, planning,
 input functions, records and the profile are as they are, but that nobody asks whether the disk has room. The model is
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--schedulers", nargs="+", default=["greedy", "ilp"])
+    parser.add_argument("--schedulers", nargs="+", default=["ilp", "greedy"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "coordination.json")
     options = parser.parse_args()
     print(
@@ -131,8 +131,8 @@ def main() -> None:
                 f"{run['process_seconds']:.1f} | {beside} |",
                 flush=True,
             )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def of_cpu() -> tuple[list[list[float]], list[float], dict]:
 def of_graph() -> dict[str, float]:
     """Seconds of the graph for a job, and of a process before its job begins."""
     builds = json.loads((RESULTS / "coordination.json").read_text())
-    (graph,) = (run for run in builds if run["cores"] == 1 and run["scheduler"] == "greedy")
+    (graph,) = (run for run in builds if run["cores"] == 1 and run["scheduler"] == "ilp")
     runs = json.loads((RESULTS / "timeline_check.json").read_text())["results"]
     starts = [run["job_start"] for run in runs if run["cores"] == 1]
     return {"coordination": graph["outside_a_job"], "job_start": sum(starts) / len(starts)}
