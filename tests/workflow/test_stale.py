@@ -118,7 +118,7 @@ def copied(built, tmp_path_factory) -> Place:
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("Snakefile", "config.yaml", "flake.lock"):
         shutil.copy(ROOT / name, checkout / name)
-    for name in ("src", "rules", "scripts", "report", "profiles", "config", "demo", "envs"):
+    for name in ("src", "rules", "scripts", "report", "profiles", "config", "demo", "envs", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, checkout / name, ignore=ignored, copy_function=shutil.copy)
     return Place(built, checkout)
