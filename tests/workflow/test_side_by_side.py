@@ -7,8 +7,8 @@ import pytest
 from building import Build, lay_out
 
 BLOCKS = 3
-BLOCK_FILES = [f"results/{name}/blocks/{block}.safetensors" for name in ("apart", "pieces") for block in range(BLOCKS)]
 RELEASES = {"apart": {"inputs": "reference"}, "pieces": {"segment": 2}}
+TARGETS = [f"results/{name}/pack.json" for name in RELEASES]
 
 
 def two_ways(directory: Path, keep: bool) -> Build:
@@ -24,9 +24,9 @@ def two_ways(directory: Path, keep: bool) -> Build:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Build, str]:
-    """All blocks of both, one job at a time, and what the build said."""
+    """Both releases packed, one job at a time, and what the build said."""
     build = two_ways(tmp_path_factory.mktemp("apart"), keep=False)
-    done = build.run("--cores", "1", *BLOCK_FILES)
+    done = build.run("--cores", "1", *TARGETS)
     return build, done.stdout + done.stderr
 
 
@@ -54,7 +54,7 @@ def test_hidden_states_are_gone_when_they_were_read_and_nothing_is_made_again(bu
     assert states(build) == set()
     heldout = {path.name for path in build.directory.glob("results/reference/ll/small/heldout_*")}
     assert heldout == {f"heldout_{name}.safetensors" for name in ("embedded", "hidden_0", "hidden_1", "hidden_2")}
-    assert build.planned(*BLOCK_FILES) == {}
+    assert build.planned(*TARGETS) == {}
 
 
 def test_a_block_that_is_made_again_needs_the_chain_and_no_other_block(built):
