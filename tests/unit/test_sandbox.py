@@ -216,8 +216,8 @@ def test_nothing_but_python_is_in_sight(run):
         import os
         for folder, folders, names in os.walk("/"):
             folders[:] = [name for name in folders if os.path.join(folder, name) not in ("/proc", "/sys", "/dev")]
-            paths = (os.path.join(folder, name) for name in names)
-            print(*(path for path in paths if not path.startswith(("/usr/lib", "/usr/share/zoneinfo", "/lib"))), sep="\\n")
+            if not folder.startswith(("/usr/lib", "/usr/share/zoneinfo", "/lib")):
+                print(*(os.path.join(folder, name) for name in names), sep="\\n")
             if folder.count("/") > 2:
                 folders.clear()
         print(os.listdir("/tmp"), os.listdir("/dev"), sep="\\n")
