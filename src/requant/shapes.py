@@ -15,16 +15,29 @@ from requant.view import ROUTER_TENSOR, routed_experts
 ROUTER = "mlp.gate.weight"
 
 
+class Counted:
+    """What follows from the `tensors` of a block, names without the block's prefix."""
+
+    @cached_property
+    def elements(self) -> int:
+        return _elements(self.tensors.values())
+
+    @cached_property
+    def expert_elements(self) -> int:
+        """Elements of all routed experts."""
+        return _elements(tensor for name, tensor in self.tensors.items() if EXPERT_TENSOR.fullmatch(name))
+
+    @cached_property
+    def experts(self) -> int:
+        return len({match[1] for name in self.tensors if (match := EXPERT_TENSOR.fullmatch(name))})
+
+
 @dataclass(frozen=True)
-class BlockShapes:
+class BlockShapes(Counted):
     """Blocks that are alike. blocks: their numbers; tensors: of one of them, names without the block's prefix."""
 
     blocks: tuple[int, ...]
     tensors: dict[str, Shaped]
-
-    @cached_property
-    def elements(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors.values())
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -34,15 +47,6 @@ class BlockShapes:
             for name, tensor in self.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) == 2 and name != ROUTER
         }
-
-    @cached_property
-    def expert_elements(self) -> int:
-        """Elements of all routed experts."""
-        return sum(tensor.elements for name, tensor in self.tensors.items() if EXPERT_TENSOR.fullmatch(name))
-
-    @cached_property
-    def experts(self) -> int:
-        return len({match[1] for name in self.tensors if (match := EXPERT_TENSOR.fullmatch(name))})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from requant import fp8
-from requant.architecture import EXPERT_TENSOR, block_of, is_drafting
+from requant.architecture import block_of, is_drafting
 from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
 from requant.cut import cut_config
 from requant.errors import RequantError
@@ -19,12 +19,13 @@ from requant.naming import entries, released_name
 from requant.quantize import choose_linears
 from requant.records import TensorEntry
 from requant.schemes import Scheme
+from requant.shapes import Counted
 from requant.sizes import Shaped, file_bytes, released, tensor_bytes
 from requant.view import pruned_config
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Counted):
     """Blocks that are alike. blocks: their numbers; module: one of them on the meta device, experts split."""
 
     blocks: tuple[int, ...]
@@ -39,10 +40,6 @@ class Kind:
         }
 
     @cached_property
-    def elements(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors.values())
-
-    @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Shape [out, in] of each Linear, experts included."""
         return {
@@ -50,16 +47,6 @@ class Kind:
             for name, module in self.module.named_modules()
             if isinstance(module, nn.Linear)
         }
-
-    @cached_property
-    def expert_elements(self) -> int:
-        """Elements of all routed experts."""
-        return sum(tensor.elements for name, tensor in self.tensors.items() if EXPERT_TENSOR.fullmatch(name))
-
-    @cached_property
-    def experts(self) -> int:
-        found = {match[1] for name in self.tensors if (match := EXPERT_TENSOR.fullmatch(name))}
-        return len(found)
 
     def linears(self, block: int, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
         """What `choose_linears` gives for block `block`: Linears to quantize, and those left with their reasons."""
