@@ -47,8 +47,11 @@ def take(count: int) -> None:
                 _held[name] = lock
         share += 1
     if count:
-        # By place on the bus, as Docker numbers them; CUDA's own order puts the fastest first.
-        os.environ |= {VISIBLE: ",".join(_held), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if VISIBLE not in os.environ:
+            # By place on the bus, as Docker numbers them; CUDA's own order, which a list of others' may be in, puts
+            # the fastest first.
+            os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        os.environ[VISIBLE] = ",".join(_held)
         others = f", beside {share - 1} other jobs" if share > 1 else ""
         print(f"on GPU {', '.join(_held)} of {', '.join(there)}{others}", file=sys.stderr)
 

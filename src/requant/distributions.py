@@ -29,7 +29,7 @@ def versions_behind(imported: frozenset[str]) -> dict[str, str]:
         if (name, extra) in seen or name not in _installed():
             continue
         seen.add((name, extra))
-        found[name] = _installed()[name].version
+        found[name] = _version(name)
         waiting += _required(name, extra)
     return dict(sorted(found.items()))
 
@@ -63,8 +63,18 @@ def _all_packages() -> dict[str, list[str]]:
 
 
 @cache
+def _version(name: str) -> str:
+    return _installed()[name].version  # each use of this property parses the distribution's metadata
+
+
+@cache
+def _requirements(name: str) -> list[Requirement]:
+    return list(map(Requirement, _installed()[name].requires or []))
+
+
+@cache
 def _required(name: str, extra: str) -> list[tuple[str, str]]:
     """What a distribution requires here with one of its extras ("" for none), as names with each of their extras."""
-    parsed = map(Requirement, _installed()[name].requires or [])
-    wanted = [found for found in parsed if found.marker is None or found.marker.evaluate({"extra": extra})]
-    return [(canonical(found.name), part) for found in wanted for part in ("", *sorted(found.extras))]
+    found = _requirements(name)
+    wanted = [it for it in found if it.marker is None or it.marker.evaluate({"extra": extra})]
+    return [(canonical(it.name), part) for it in wanted for part in ("", *sorted(it.extras))]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from requant.distributions import versions_behind
 
 PACKAGE = "requant"
+TYPE_CHECKING = "TYPE_CHECKING"
 COMPUTES = False  # what is found here decides whether a job runs, not what it writes
 
 
@@ -71,7 +72,6 @@ def _said(path: Path, root: Path) -> _Said:
     package = path.relative_to(root).parent.parts if path.is_relative_to(root) else ()
     imports: set[str] = set()
     strings: set[str] = set()
-    computes = True
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imports |= {alias.name for alias in node.names}
@@ -81,16 +81,17 @@ def _said(path: Path, root: Path) -> _Said:
             imports |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             strings.add(node.value)
-        elif isinstance(node, ast.Assign) and ast.unparse(node) == "COMPUTES = False":
-            computes = False
-    return _Said(ast.dump(tree), frozenset(imports), frozenset(strings), computes)
+    assigned = (ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign))
+    return _Said(ast.dump(tree), frozenset(imports), frozenset(strings), "COMPUTES = False" not in assigned)
 
 
 class _Stripped(ast.NodeTransformer):
     """Takes docstrings out of a tree, and branches that only a type checker takes."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        """Visits the children of a node that has lost its docstring."""
+        """Visits the children of a node that has lost its docstring; no expression holds a statement."""
+        if isinstance(node, ast.expr):
+            return node
         has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if has_docstring and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
@@ -98,12 +99,16 @@ class _Stripped(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         """The `else` of an `if TYPE_CHECKING`."""
-        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        test = node.test  # not compared as text: writing all tests of a library out takes half a second
+        if (isinstance(test, ast.Name) and test.id == TYPE_CHECKING) or (
+            isinstance(test, ast.Attribute) and test.attr == TYPE_CHECKING
+        ):
             return [self.visit(statement) for statement in node.orelse]
         return self.generic_visit(node)
 
 
-def _behind(script: Path, root: Path) -> set[Path]:
+@cache
+def _behind(script: Path, root: Path) -> frozenset[Path]:
     """The modules that `script` computes with."""
     found: set[Path] = set()
     waiting = list(_modules(script, root))
@@ -112,30 +117,33 @@ def _behind(script: Path, root: Path) -> set[Path]:
         if module not in found and _said(module, root).computes:
             found.add(module)
             waiting += _modules(module, root)
-    return found
+    return frozenset(found)
 
 
-def _modules(path: Path, root: Path) -> set[Path]:
+@cache
+def _modules(path: Path, root: Path) -> frozenset[Path]:
     """Modules of the package that a file imports, or names in a string as a command would (`python -m`)."""
     said = _said(path, root)
     named = {text for text in said.strings if re.fullmatch(rf"{PACKAGE}(\.\w+)+", text)}
     own = {name for name in said.imports | named if name.partition(".")[0] == PACKAGE}
-    return set(filter(None, (_file(name, root) for name in own)))
+    return frozenset(filter(None, (_file(name, root) for name in own)))
 
 
+@cache
 def _file(name: str, root: Path) -> Path | None:
     path = root.joinpath(*name.split("."))
     return next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.exists()), None)
 
 
-def _named_files(module: Path, root: Path) -> set[Path]:
+@cache
+def _named_files(module: Path, root: Path) -> frozenset[Path]:
     """Files in the folder of a module that are no Python and that a string of it names, alone or by their folder."""
     names = (
         text for text in _said(module, root).strings if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", text)
     )
     places = [place for name in names if (place := module.parent / name).exists()]
     files = (file for place in places for file in (place.rglob("*") if place.is_dir() else [place]))
-    return {file for file in files if file.is_file() and file.suffix not in (".py", ".pyc")}
+    return frozenset(file for file in files if file.is_file() and file.suffix not in (".py", ".pyc"))
 
 
 @cache

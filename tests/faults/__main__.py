@@ -73,11 +73,13 @@ def _builds(build: Build, given: argparse.Namespace) -> list[dict]:
 
 def _disks(build: Build, given: argparse.Namespace) -> list[dict]:
     copy, wanted = copied(build, given.into / "full"), digests(build)
-    with disks.small_disk(copy) as mounted:
+    with disks.small_disk(copy.directory) as mounted:
         if not mounted:
             print("this user may not mount a small disk: a limit on the size of files instead", file=sys.stderr)
             return _plain([disks.limited_files(copy, "quantize", wanted)])
         full = [disks.full_disk(copy, rule, wanted) for rule in disks.RESULTS]
+    copy = copied(build, given.into / "read_only")
+    with disks.small_disk(copy.directory / "results"):
         return _plain([*full, disks.read_only(copy, wanted)])
 
 

@@ -47,29 +47,28 @@ ATTEMPTS = 5
 
 
 @contextlib.contextmanager
-def small_disk(build: Build) -> Iterator[bool]:
-    """Puts the build's results on a tmpfs with a few megabytes to spare; False where this user may not mount one."""
-    results = build.directory / "results"
-    aside = results.rename(build.directory / "aside")
-    results.mkdir()
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Puts `folder` on a tmpfs with a few megabytes to spare; False where this user may not mount one."""
+    aside = folder.rename(folder.with_name(f"{folder.name}.aside"))
+    folder.mkdir()
     size = sum(path.stat().st_size for path in aside.rglob("*")) * 2 + (16 << 20)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(results)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
     if not mounted:
-        results.rmdir()
-        aside.rename(results)
+        folder.rmdir()
+        aside.rename(folder)
         yield False
         return
-    subprocess.run(["cp", "-a", f"{aside}/.", str(results)], check=True)
+    subprocess.run(["cp", "-a", f"{aside}/.", str(folder)], check=True)
     shutil.rmtree(aside)
     try:
         yield True
     finally:
-        subprocess.run(["umount", str(results)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def full_disk(build: Build, rule: str, wanted: dict[str, str]) -> Outcome:
-    """Fills the disk of the results when the job of `rule` has begun, and makes room for the same command again."""
+    """Fills the disk of the build when the job of `rule` has begun, and makes room for the same command again."""
     target, filler, seconds = RESULTS[rule], build.directory / "results/filler", 0.0
     for _ in range(ATTEMPTS):
         (build.directory / target).unlink()
@@ -142,7 +141,7 @@ def _fill(filler: Path) -> None:
 
 
 def read_only(build: Build, wanted: dict[str, str]) -> Outcome:
-    """A build whose results can't be written; then the same command when they can."""
+    """A build whose results, a disk of their own, can't be written; then the same command when they can."""
     results, target = build.directory / "results", RESULTS["verify"]
     (build.directory / target).unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)

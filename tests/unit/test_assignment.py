@@ -1,5 +1,6 @@
 """Which GPU a job works on: one of its own, by locks that end with the process."""
 
+import os
 import subprocess
 import sys
 
@@ -49,6 +50,19 @@ def test_jobs_side_by_side_have_a_gpu_each_and_a_killed_one_leaves_its_own(start
     first.kill()
     first.wait()
     assert start(1)[1] == ["0"]
+
+
+@pytest.mark.parametrize(("chosen", "order"), [(None, "PCI_BUS_ID"), ("0", None)])
+def test_numbers_that_others_chose_keep_the_order_that_they_were_chosen_in(chosen, order, tmp_path, monkeypatch):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
+    environment |= {"CUDA_VISIBLE_DEVICES": chosen} if chosen else {}
+    monkeypatch.setattr(assignment.os, "environ", environment)
+    monkeypatch.setattr(assignment.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(assignment, "DEVICES", tmp_path)
+    monkeypatch.setattr(assignment, "_held", {})
+    (tmp_path / "nvidia0").touch()
+    assignment.take(1)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0" and environment.get("CUDA_DEVICE_ORDER") == order
 
 
 def test_more_jobs_than_gpus_share_them_evenly_and_the_log_says_so(start):

@@ -1,4 +1,4 @@
-"""A tiny checkpoint of each family through the whole graph, NVFP4 and W3A16, as its maker would store it."""
+"""A tiny checkpoint of each family through the whole graph, as its maker would store it."""
 
 import pytest
 import tiny
@@ -10,22 +10,22 @@ from requant.checkpoint import Checkpoint
 from requant.packed import PackedCheckpoint
 from requant.records import BlockRecord, DeployRecord, EvaluateRecord, PackRecord, SourceRecord, VerifyRecord, read_json
 
-# Name: model_type, how it is stored, scheme of the release that goes through the whole graph, card included.
+# Name: model_type, how it is stored, schemes; the release of the first one goes through the whole graph, to its card.
 MODELS = {
-    "v32": ("deepseek_v32", {"mtp": True, "num_hidden_layers": 2}, "w3a16"),
-    "kimi": ("kimi_k2", {"mtp": True, "first_k_dense_replace": 0}, "nvfp4"),
-    "glm": ("glm4_moe", {"stacked": True, "first_k_dense_replace": 0}, "w3a16"),
-    "mixtral": ("mixtral", {}, "w3a16"),
-    "qwen": ("qwen3", {"tie_word_embeddings": True}, "nvfp4"),
+    "v32": ("deepseek_v32", {"mtp": True, "num_hidden_layers": 2}, ("w3a16", "nvfp4")),
+    "kimi": ("kimi_k2", {"mtp": True, "first_k_dense_replace": 0}, ("nvfp4",)),
+    "glm": ("glm4_moe", {"stacked": True, "first_k_dense_replace": 0}, ("w3a16", "nvfp4")),
+    "mixtral": ("mixtral", {}, ("w3a16",)),
+    "qwen": ("qwen3", {"tie_word_embeddings": True}, ("nvfp4",)),
 }
 SCHEMES = {"nvfp4": "NVFP4", "w3a16": "W3A16"}
-RELEASES = [f"{model}-{scheme}" for model in MODELS for scheme in SCHEMES]
-SERVED = [f"{model}-{scheme}" for model, (_, _, scheme) in MODELS.items()]
+RELEASES = [f"{model}-{scheme}" for model, (_, _, schemes) in MODELS.items() for scheme in schemes]
+SERVED = [f"{model}-{schemes[0]}" for model, (_, _, schemes) in MODELS.items()]
 
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> Build:
-    """Both releases of each model to evaluate.json and verify.json, and one of them through the whole graph."""
+    """A release of each model through the whole graph, and others to evaluate.json and verify.json."""
     directory = tmp_path_factory.mktemp("families")
     for name, (model_type, changes, _) in MODELS.items():
         changes = {"num_hidden_layers": 1, "shard_size": "1MB"} | changes
