@@ -25,6 +25,7 @@ from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
 from requant.checkpoint import INDEX, Checkpoint
+from requant.clock import check_times
 from requant.config import PUBLIC, parse as parse_config, verify_limits
 from requant.cut import blocks_to_load, check_load_test
 from requant.disk import (
@@ -177,6 +178,18 @@ def source_dir(model):
     if is_remote(model):
         return f"results/source/{source}/checkpoint"
     return located(os.path.expanduser(CONFIG.models[source].path).rstrip("/"))
+
+
+def own_texts():
+    """The files of calibration texts."""
+    sets = [found for calibration in CONFIG.calibrations.values() for found in (calibration, calibration.heldout)]
+    return [located(source.path) for found in sets for source in found.sources or []]
+
+
+or_warn(
+    check_times,
+    ["results", *(source_dir(model) for model in CONFIG.models if not is_remote(model)), *own_texts()],
+)
 
 
 def lock_file(model):

@@ -50,6 +50,9 @@ def test_a_second_build_is_refused_and_the_first_one_ends_well(build, tmp_path):
     assert outcome.how == "found" and outcome.same_bytes, outcome
 
 
-def test_a_clock_that_was_set_back_changes_no_byte(build, tmp_path):
-    outcome = clocks.clock_set(copied(build, tmp_path / "copy"), "results of thirty years ago", digests(build))
-    assert outcome.same_bytes, outcome
+@pytest.mark.parametrize(
+    ("name", "how"), [("results of thirty years ago", "resumed"), ("a source of tomorrow", "found")]
+)
+def test_a_clock_that_was_set_changes_no_byte(build, tmp_path, name, how):
+    outcome = clocks.clock_set(copied(build, tmp_path / "copy"), name, digests(build))
+    assert outcome.how == how and outcome.same_bytes, outcome
