@@ -182,7 +182,9 @@ def source_dir(model):
 
 def own_texts():
     """The files of calibration texts."""
-    sets = [found for calibration in CONFIG.calibrations.values() for found in (calibration, calibration.heldout)]
+    sets = [
+        found for calibration in CONFIG.calibrations.values() for found in (calibration, calibration.heldout)
+    ]
     return [located(source.path) for found in sets for source in found.sources or []]
 
 

@@ -22,7 +22,7 @@ SUBJECTS = (
 
 
 def lay_out(name: str, folder: Path, rows: int = 3, headerless: bool = False) -> Path:
-    """The directory `folder` as a user has it, with the first `rows` test rows; returns it. Skips without the copies."""
+    """The directory `folder` as a user has it, with the first `rows` test rows; returns it. Skips without copies."""
     if name != "math" and not (SHARED / name).is_dir():
         pytest.skip(f"needs the files of {name} in {SHARED}")
     {"mmlu": _mmlu, "gsm8k": _gsm8k, "humaneval": _humaneval, "ifeval": _ifeval, "math": _math}[name](

@@ -29,13 +29,13 @@ def check_times(roots: Iterable[str | Path]) -> None:
     if not ahead:
         return
     changed, path = max(ahead)
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(changed))
+    at, by = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(changed)), duration(changed - time.time())
     more = len(ahead) - 1
     others = f", and {more} more {'file is' if more == 1 else 'files are'} ahead too" if more else ""
-    folders = sorted({shlex.quote(str(root)) for root in roots if any(root in (file, *file.parents) for _, file in ahead)})
+    folders = sorted({shlex.quote(str(root)) for root in roots if any(root in (it, *it.parents) for _, it in ahead)})
     raise RequantError(
-        f"{path}: its time, {at}, is {duration(changed - time.time())} ahead of this machine's clock{others}; Snakemake "
-        "takes no result that is older than an input. Correct the clock; where it is right, give them its time: "
+        f"{path}: its time, {at}, is {by} ahead of this machine's clock{others}; Snakemake takes no result that is "
+        "older than an input. Correct the clock; where it is right, give them its time: "
         f"find -L {' '.join(folders)} -newermt now -exec touch {{}} +"
     )
 
