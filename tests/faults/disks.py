@@ -137,7 +137,10 @@ def _fill_when_begun(logs: Path, filler: Path, stop: threading.Event) -> None:
 
 def _fill(filler: Path) -> None:
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filler.parent).free)
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(OSError):  # somebody else wrote meanwhile
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filler.parent).free)
+                return
 
 
 def read_only(build: Build, wanted: dict[str, str]) -> Outcome:
