@@ -15,17 +15,17 @@ from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.records import FileEntry
 
-# Why a format is not served as it is; the engine reads the formats that are not here.
+# Why transformers is not given a format as it is stored; it reads the formats that are not here.
 WHY_DECODED = {
     "nvfp4-pack-quantized": (
-        "no engine computes NVFP4 on a CPU; served this way, activations stay in BF16, while the evaluation rounds "
-        "them to NVFP4 as the format does"
+        "has no arithmetic in NVFP4; served this way, activations stay in BF16, while the evaluation rounds them to "
+        "NVFP4 as the format does"
     ),
 }
 WHY_DECODED_MOE = {  # besides, for a mixture of experts
     "nvfp4-pack-quantized": (
-        "transformers loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their "
-        "global scale (huggingface/transformers issue 48371), and "
+        "loads compressed-tensors NVFP4 mixture-of-experts weights without dividing by their global scale "
+        "(huggingface/transformers issue 48371), and "
     ),
 }
 WHY_ASKED = "the config asks for it (`targets`: `weights: decoded`)"
@@ -39,7 +39,8 @@ def why_decoded(stored_format: str | None, moe: bool, target: Target) -> str | N
     if stored_format is None:
         return None
     if target.engine == "transformers" and stored_format in WHY_DECODED:
-        return (WHY_DECODED_MOE.get(stored_format, "") if moe else "") + WHY_DECODED[stored_format]
+        besides = WHY_DECODED_MOE.get(stored_format, "") if moe else ""
+        return f"transformers {besides}{WHY_DECODED[stored_format]}"
     return WHY_ASKED if target.weights == "decoded" else None
 
 

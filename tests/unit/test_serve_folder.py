@@ -69,7 +69,7 @@ def test_a_dry_run_of_a_program_shows_its_variables(source, capsys, tmp_path):
 def test_weights_that_an_engine_would_get_wrong_are_decoded_first(packed, capsys):
     assert serve(packed, "--target", "cpu-transformers", "--dry-run", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["decoded"].startswith("no engine computes NVFP4 on a CPU") and found["request"] is None
+    assert found["decoded"].startswith("transformers has no arithmetic in NVFP4") and found["request"] is None
     assert planned(packed, "x", target_named("sm120-sglang", None, ROOT / FOLDER)).why_decoded is None
 
 

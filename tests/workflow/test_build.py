@@ -295,7 +295,8 @@ def test_five_lines_and_smaller_numbers_build_a_card_from_the_embedded_text(tmp_
     build = lay_out(tmp_path, ("ll",))
     (tmp_path / "mine.yaml").write_text(
         "models: {mine: {path: models/ll/}}\n"
-        "releases: {mine-w4: {model: mine, scheme: W4A16, tuning: {iters: 0}, deploy: {throughput: {repeats: 1}}}}\n"
+        "releases: {mine-w4: {model: mine, scheme: W4A16, tuning: {iters: 0}, deploy: {prompts: 2, throughput: "
+        "{concurrency: [1], repeats: 1}}}}\n"
         "build: [mine-w4]\n"
         "calibrations: {default: {nsamples: 8, seqlen: 64, heldout: {nsamples: 4}}}\n"
         "benchmarks: {default: {limit: 8}}\n"
