@@ -125,7 +125,7 @@ def with_plugins(settings: dict[str, str]) -> dict[str, str]:
 def lay_out(directory: Path, models: tuple[str, ...] = tuple(MODELS), iters: int = 2) -> Build:
     """A working directory with tiny models, texts, a benchmark and mine.yaml."""
     for name in models:
-        shard = "1GB" if name == "ll" else "1MB"  # one file without an index, or several with one
+        shard = "1GB" if name == "ll" else "400KB"  # one file without an index, or several with one
         tiny.write_checkpoint(directory / "models" / name, MODELS[name], seed=7, shard_size=shard)
     tiny.write_text(directory / "text/a.txt", 300, 1)
     tiny.write_text(directory / "text/b.txt", 300, 2)

@@ -203,7 +203,7 @@ def test_in_sequence_a_block_is_observed_on_what_the_pruned_blocks_before_it_giv
 @pytest.mark.parametrize("observe_mode", ["oneshot", "sequential"])
 def test_a_plan_counts_the_jobs_of_comparisons(tmp_path, observe_mode):
     build = lay_out(tmp_path, observe=observe_mode, compare=["random", "frequency"])
-    for calibration in ("small", "other"):
+    for calibration in ("small", "other") if observe_mode == "oneshot" else ("other",):
         build.configure(lambda data, name=calibration: data["releases"]["ds-50-nvfp4"].update(calibration=name))
         build.run("plan")
         assert record(build, "ds-50-nvfp4/plan", PlanRecord).jobs == build.planned() | {"all": 1}

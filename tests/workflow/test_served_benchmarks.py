@@ -15,6 +15,7 @@ def asked(tmp_path_factory):
     build = lay_out(tmp_path_factory.mktemp("served"), ("ll",), iters=0)
     questions = {"task": "tiny", "limit": 3, "expected": [0.9, 1.0]}
     build.configure(lambda data: data["benchmarks"].update(tiny=BENCHMARK | {"served": {"questions": questions}}))
+    build.configure(lambda data: data["releases"]["ll-nvfp4"]["deploy"].update(load_test_blocks=0))
     done = build.run(RECORD)
     return build, done.stdout + done.stderr
 
