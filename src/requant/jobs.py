@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO
 
 from requant.assignment import take
 from requant.errors import RequantError
+from requant.whole import OF_WRITES, REFUSALS
 
 COMPUTES = False  # what surrounds a job: its log, its errors, its end
 
@@ -40,9 +41,17 @@ def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[No
         except RequantError as error:
             _end_with(str(error), path)
         except Exception as error:
-            _end_with(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", path)
+            _end_with(_in_a_line(error), path)
         finally:
             _flush()
+
+
+def _in_a_line(error: Exception) -> str:
+    """What a library raised. A full disk is met by any write, also by one to the log, which names no file."""
+    if isinstance(error, OSError) and error.errno in OF_WRITES:
+        what, then = error.filename or "a file of this job", REFUSALS[error.errno]
+        return f"{what}: not written: {os.strerror(error.errno)}; {then}, then run the same command again"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _check_inputs(inputs: Iterable[str]) -> None:

@@ -21,6 +21,8 @@ REFUSALS = {
     errno.EPERM: "make the folder writable",
     errno.EIO: "check the disk",
 }
+# Those of them that only a write meets.
+OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 
 

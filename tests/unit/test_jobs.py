@@ -57,6 +57,34 @@ def test_an_unexpected_error_names_the_log(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_full_disk_that_a_library_meets_is_named_with_what_to_do(tmp_path):
+    """A line of the log names no file, and is written by whoever prints it."""
+    done = run_python(
+        """
+        import errno, os
+        from requant.jobs import job
+        with job("logs/x.log"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        """,
+        cwd=tmp_path,
+    )
+    line = "error: a file of this job: not written: No space left on device; make room, then run the same command again"
+    assert done.returncode == 1 and f"{line} (see logs/x.log)" in done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_no_full_disk(tmp_path):
+    done = run_python(
+        """
+        import errno, os
+        from requant.jobs import job
+        with job("logs/x.log"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), "secret")
+        """,
+        cwd=tmp_path,
+    )
+    assert "error: PermissionError: [Errno 13] Permission denied: 'secret'" in done.stderr
+
+
 def test_a_job_ends_with_its_parent(tmp_path):
     """SIGKILL of the build must not leave a job that goes on writing."""
     job = 'import time; from requant.jobs import job\nwith job("x.log"):\n open("started", "w").close(); time.sleep(60)'
