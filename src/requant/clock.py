@@ -23,16 +23,16 @@ def check_times(roots: Iterable[str | Path]) -> None:
 
     Raises RequantError naming the file that is furthest ahead of this machine's clock, and how to go on.
     """
-    roots = [Path(root) for root in roots if Path(root).exists()]
+    roots = [root for root in dict.fromkeys(map(Path, roots)) if root.exists()]
     limit = time.time() + SKEW
-    ahead = [(changed, path) for path in _files(roots) if (changed := _time(path)) > limit]
+    ahead = {path: changed for path in _files(roots) if (changed := _time(path)) > limit}
     if not ahead:
         return
-    changed, path = max(ahead)
+    changed, path = max((changed, path) for path, changed in ahead.items())
     at, by = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(changed)), duration(changed - time.time())
     more = len(ahead) - 1
     others = f", and {more} more {'file is' if more == 1 else 'files are'} ahead too" if more else ""
-    folders = sorted({shlex.quote(str(root)) for root in roots if any(root in (it, *it.parents) for _, it in ahead)})
+    folders = sorted({shlex.quote(str(root)) for root in roots if any(root in (it, *it.parents) for it in ahead)})
     raise RequantError(
         f"{path}: its time, {at}, is {by} ahead of this machine's clock{others}; Snakemake takes no result that is "
         "older than an input. Correct the clock; where it is right, give them its time: "

@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 
 from requant.assignment import take
 from requant.errors import RequantError
-from requant.whole import OF_WRITES, REFUSALS
+from requant.whole import OF_WRITES, not_written
 
 COMPUTES = False  # what surrounds a job: its log, its errors, its end
 
@@ -49,8 +49,7 @@ def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[No
 def _in_a_line(error: Exception) -> str:
     """What a library raised. A full disk is met by any write, also by one to the log, which names no file."""
     if isinstance(error, OSError) and error.errno in OF_WRITES:
-        what, then = error.filename or "a file of this job", REFUSALS[error.errno]
-        return f"{what}: not written: {os.strerror(error.errno)}; {then}, then run the same command again"
+        return not_written(error.filename or "a file of this job", error.errno)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

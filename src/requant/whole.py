@@ -45,12 +45,15 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         if (code := refusal(error, path.parent)) is None:
             raise
-        raise RequantError(
-            f"{path}: not written: {os.strerror(code)}; {REFUSALS[code]}, then run the same command again"
-        ) from error
+        raise RequantError(not_written(path, code)) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def not_written(what: str | Path, code: int) -> str:
+    """The line on what the disk refused with that number of the system's error, one of REFUSALS."""
+    return f"{what}: not written: {os.strerror(code)}; {REFUSALS[code]}, then run the same command again"
 
 
 def refusal(error: Exception, folder: Path) -> int | None:

@@ -31,6 +31,12 @@ def check(files) -> None:
     check_times([files / "results", files / "text.txt", files / "nowhere"])
 
 
+def test_a_file_below_two_roots_is_counted_once(files):
+    put(files / "results/a/2.json", HOUR)
+    with pytest.raises(RequantError, match=r"ahead of this machine's clock; Snakemake"):
+        check_times([files / "results", files / "results", files / "results/a/2.json"])
+
+
 def test_what_is_past_or_little_ahead_is_taken(files):
     put(files / "text.txt", SKEW / 2)
     put(files / "results/a/1.json", -10_000 * HOUR)
