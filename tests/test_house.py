@@ -168,6 +168,39 @@ def test_commands_that_are_shown_run_as_they_stand():
             assert words.index("--configfile") >= len(words) - 2, f"{name}: snakemake {' '.join(words)}"
 
 
+def ran_ci(tmp_path: Path, knows: dict[str, str]) -> list[str]:
+    """What .ci/run calls, a line each, on a machine whose dpkg-query knows the state of these packages alone."""
+    calls = tmp_path / "calls"
+    states = "\n".join(f"{name}) printf {state};;" for name, state in knows.items())
+    query = f'case "${{@: -1}}" in\n{states}\n*) echo "no packages found matching ${{@: -1}}" >&2; exit 1;;\nesac'
+    for program, does in {"dpkg-query": query, "apt-get": "", "make": ""}.items():
+        noted = "" if program == "dpkg-query" else f'echo "{program} $*" >>"{calls}"\n'
+        (tmp_path / program).write_text(f"#!/bin/bash\n{noted}{does}\n", encoding="utf-8")
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    subprocess.run([ROOT / ".ci/run"], env={"PATH": path}, check=True, capture_output=True, timeout=60)
+    return calls.read_text(encoding="utf-8").splitlines()
+
+
+def apt_packages() -> list[str]:
+    lines = (ROOT / "tests/apt.txt").read_text(encoding="utf-8").splitlines()
+    return [line.partition("#")[0].strip() for line in lines if line.partition("#")[0].strip()]
+
+
+def test_ci_installs_the_packages_that_are_missing(tmp_path):
+    first, second, third, *rest = apt_packages()
+    some = {first: "installed", second: "config-files", **dict.fromkeys(rest, "installed")}
+    all_there = dict.fromkeys(apt_packages(), "installed")
+    install, then = "apt-get install -y -qq --no-install-recommends", "make test PYTEST_ARGS=--only-gpu-skips"
+    found = {}
+    for name, knows in {"nothing": {}, "some": some, "all": all_there}.items():
+        (tmp_path / name).mkdir()
+        found[name] = ran_ci(tmp_path / name, knows)
+    assert found["nothing"] == ["apt-get update -qq", f"{install} {' '.join(apt_packages())}", then]
+    assert found["some"] == ["apt-get update -qq", f"{install} {second} {third}", then]
+    assert found["all"] == [then]
+
+
 def test_licence_is_apache_2():
     assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
