@@ -68,6 +68,7 @@ from requant.planning import (
     text_files,
 )
 from requant.preflight import check_context, check_group, check_model, check_source
+from requant.provenance import check_config
 from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
 from requant.published import files as published_files
@@ -1065,8 +1066,10 @@ def build_records(_):
 
 
 def config_alone(wildcards):
-    """The config that builds a release by itself."""
-    return standalone(CONFIG, wildcards.release)
+    """The config that builds a release by itself, as its provenance can hold it."""
+    alone = standalone(CONFIG, wildcards.release)
+    or_stop(check_config, wildcards.release, alone)
+    return alone
 
 
 def base_model_of(wildcards):

@@ -8,14 +8,16 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, model_validator
 
 from requant import __version__
+from requant.config import Config, Seed, parse
 from requant.environment import Machine
 from requant.errors import RequantError
 from requant.hashing import file_entry
@@ -33,73 +35,107 @@ from requant.records import (
 )
 from requant.schemes import SCHEMES
 
-SCHEMA = Path(__file__).parent / "schemas" / "provenance.schema.json"
+SCHEMA = Path(__file__).parent / "schemas" / "provenance.schema.json"  # written by requant.provenance_schema
 BUILD_TYPE = "urn:requant:snakemake:v1"
+CONFIG = ["predicate", "buildDefinition", "externalParameters", "config"]
+
+# What the schema says of texts, beyond their type.
+SHA256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+COMMIT = {"type": "string", "pattern": "^[0-9a-f]{40}([0-9a-f]{24})?$"}
+NAME = {"type": "string", "pattern": "^[^/\\u0000-\\u001f][^\\u0000-\\u001f]*$", "description": "no absolute path"}
+INSIDE = {"properties": {"name": {"not": {"pattern": r"(^|/)\.\.?(/|$)"}}, "digest": {"required": ["sha256"]}}}
+OF_A_BLOCK = {"properties": {"name": {"pattern": r"^blocks/[0-9]+\.safetensors$"}}}
+IS_REQUANT = {"properties": {"name": {"const": "requant"}}, "required": ["name"]}
+DISTRIBUTION = {"pattern": "^[a-z0-9]+(-[a-z0-9]+)*$"}
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, WithJsonSchema(SHA256)]
+
+
+def _each(*said: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Adds to the schema of a list what is `said` of each of its items."""
+
+    def add(schema: dict[str, Any]) -> None:
+        schema["items"] = {"allOf": [schema["items"], *said]}
+
+    return add
 
 
 class SourceProvenance(Record):
-    model: str
+    model: Text
     base_model: str | None = Field(description="hub name of the model; null if the config gives none")
-    revision: str
-    files: dict[str, FileEntry]
+    revision: Text
+    files: dict[str, FileEntry] = Field(min_length=1, json_schema_extra={"propertyNames": NAME})
 
 
 class CalibrationProvenance(Record):
-    name: str
-    tokenizer_sha256: str
-    seqlen: int
-    pack: str
-    seed: int
-    calibration_sha256: str = Field(description="of the int32 token tensor that blocks were tuned on")
-    heldout_sha256: str = Field(description="of the int32 token tensor that quality was measured on")
-    calibration_texts: dict[str, str] = Field(description="sha256 of each text file, by the text's name")
-    heldout_texts: dict[str, str]
+    name: Text
+    tokenizer_sha256: Sha256
+    seqlen: Annotated[int, Field(ge=2)]
+    pack: Literal["concat", "pad"]
+    seed: Seed
+    calibration_sha256: Sha256 = Field(description="of the int32 token tensor that blocks were tuned on")
+    heldout_sha256: Sha256 = Field(description="of the int32 token tensor that quality was measured on")
+    calibration_texts: dict[str, Sha256] = Field(min_length=1, description="of each text file, by the text's name")
+    heldout_texts: dict[str, Sha256] = Field(min_length=1)
 
 
 class PruningProvenance(Record):
     keep: KeepList
-    calibration_sha256: str = Field(description="of the int32 token tensor that experts were observed on")
+    calibration_sha256: Sha256 = Field(description="of the int32 token tensor that experts were observed on")
 
 
 class TuningRun(Record):
     """What made some of the blocks. A build that was resumed elsewhere or after an update has several."""
 
-    blocks: list[int]
-    engine: str
-    engine_version: str
+    blocks: list[Number]
+    engine: Text
+    engine_version: Text
     settings: dict[str, Any] = Field(description="every tuning setting, defaults spelled out")
-    libraries: dict[str, str]
-    threads: int
-    device: str
+    libraries: dict[str, Text] = Field(min_length=1)
+    threads: Count
+    device: Text
 
 
 class Provenance(Record):
     """What the build chose and found by itself: the internalParameters of provenance.json."""
 
-    release: str
-    scheme: str
-    requant_version: str
-    requant_commit: str | None = Field(description="git commit of requant; null outside a git checkout")
+    release: Text
+    scheme: Text
+    requant_version: Text
+    requant_commit: str | None = Field(
+        description="git commit of requant, marked where a file was changed since; null outside a git checkout"
+    )
     source: SourceProvenance
     calibration: CalibrationProvenance
     pruning: PruningProvenance | None = Field(None, description="null for a model that is not pruned")
     tuning: list[TuningRun]
-    seeds: list[int] = Field(description="seed of each block")
-    files: dict[str, FileEntry] = Field(description="of the packed checkpoint: those of pack.json")
+    seeds: list[Seed] = Field(description="seed of each block")
+    files: dict[str, FileEntry] = Field(
+        min_length=1,
+        description="of the packed checkpoint: those of pack.json",
+        json_schema_extra={"propertyNames": NAME},
+    )
     machine: Machine
 
 
 class Resource(Record):
     """in-toto's ResourceDescriptor: something by its name and hashes."""
 
-    name: str
-    digest: dict[str, str] = Field(description="by algorithm: sha256, gitCommit")
+    name: Annotated[str, WithJsonSchema(NAME)]
+    digest: dict[str, str] = Field(
+        min_length=1,
+        description="by algorithm",
+        json_schema_extra={"properties": {"sha256": SHA256, "gitCommit": COMMIT}, "additionalProperties": False},
+    )
 
 
 class Request(Record):
     """externalParameters: what was asked for."""
 
-    release: str
+    release: Text
     config: dict[str, Any] = Field(description="a whole config that builds this release alone, defaults spelled out")
 
 
@@ -107,18 +143,31 @@ class BuildDefinition(Record):
     buildType: Literal["urn:requant:snakemake:v1"]
     externalParameters: Request
     internalParameters: Provenance
-    resolvedDependencies: list[Resource]
+    resolvedDependencies: list[Resource] = Field(
+        min_length=1,
+        description="files of the source, texts, tasks, requant, its locks and the inputs of its flake",
+        json_schema_extra={"contains": IS_REQUANT, "minContains": 1, "maxContains": 1},
+    )
 
 
 class Builder(Record):
     id: Literal["urn:requant:builder"]
-    version: dict[str, str] = Field(description="of Python, requant and everything installed")
+    version: dict[str, Text] = Field(
+        description="of Python, requant and everything installed, by canonical name",
+        json_schema_extra={"required": ["python", "requant"], "propertyNames": DISTRIBUTION},
+    )
 
 
 class RunDetails(Record):
     builder: Builder
-    metadata: dict[str, str] = Field(description="empty: what SLSA has there differs from run to run")
-    byproducts: list[Resource] = Field(description="the file of each block, before it was packed")
+    metadata: dict[str, str] = Field(
+        description="empty: what SLSA has there differs from run to run", json_schema_extra={"maxProperties": 0}
+    )
+    byproducts: list[Resource] = Field(
+        min_length=1,
+        description="the file of each block, before it was packed",
+        json_schema_extra=_each(INSIDE, OF_A_BLOCK),
+    )
 
 
 class Predicate(Record):
@@ -132,7 +181,9 @@ class Statement(Record):
     """results/{release}/model/provenance.json"""
 
     kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
-    subject: list[Resource] = Field(description="the files of the packed checkpoint")
+    subject: list[Resource] = Field(
+        min_length=1, description="the files of the packed checkpoint", json_schema_extra=_each(INSIDE)
+    )
     predicateType: Literal["https://slsa.dev/provenance/v1"]
     predicate: Predicate
 
@@ -381,16 +432,42 @@ def read_provenance(path: str | Path) -> Statement:
 def _check(path: str | Path, data: Any) -> None:
     """Holds `data` against the shipped schema; RequantError names the first key that is wrong."""
     problem = min(_validator().iter_errors(data), key=lambda error: list(map(str, error.absolute_path)), default=None)
+    if problem is None:
+        return
+    where = list(problem.absolute_path)
+    if where[: len(CONFIG)] == CONFIG and isinstance(config := reduce(getitem, CONFIG, data), dict):
+        parsed(path, config)  # it says better what is wrong in a config
+    key = ".".join(map(str, where)) or "the file"
+    raise RequantError(f"{path}: {key}: {problem.message[:200]}; expected as in {SCHEMA.name}")
+
+
+def parsed(path: str | Path, config: dict[str, Any]) -> Config:
+    """The config of the provenance in `path`. RequantError, each line with the path, if it is none."""
+    try:
+        return parse(config)
+    except RequantError as error:
+        raise RequantError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
+def check_config(release: str, config: dict[str, Any]) -> None:
+    """Raises RequantError if the shipped schema does not take `config`, which builds `release` alone: its provenance
+    could not be written when all else is done."""
+    problem = next(_validator("#/$defs/Config").iter_errors(config), None)
     if problem is not None:
-        key = ".".join(map(str, problem.absolute_path)) or "the file"
-        raise RequantError(f"{path}: {key}: {problem.message[:200]}; expected as in {SCHEMA.name}")
+        key = ".".join(map(str, problem.absolute_path)) or "the whole"
+        raise RequantError(
+            f"releases.{release}: its provenance.json would hold {key}: {problem.message[:200]}; "
+            f"expected as in {SCHEMA.name}: write it anew by `python -m requant.provenance_schema`"
+        )
 
 
 @cache
-def _validator():
+def _validator(part: str = "#"):
+    """What holds data against the shipped schema, or against the `part` of it that this JSON pointer names."""
     import jsonschema
 
-    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    whole = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    return jsonschema.Draft202012Validator(whole if part == "#" else {"$ref": part, "$defs": whole["$defs"]})
 
 
 def _resources(digests: Mapping[str, Mapping[str, str]]) -> list[Resource]:

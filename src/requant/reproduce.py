@@ -17,14 +17,14 @@ import yaml
 from pydantic import Field
 
 import requant
-from requant.config import Config, Reproduce, parse, source_name
+from requant.config import Config, Reproduce, source_name
 from requant.differences import Comparison, Published, compare, digests_of, files_of
 from requant.environment import installed, machine
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.locks import load_lock
 from requant.planning import made_here
-from requant.provenance import Statement, code_digests, read_provenance
+from requant.provenance import Statement, code_digests, parsed, read_provenance
 from requant.records import Record, write_text
 
 CONFIGFILE = "reproduce.yaml"
@@ -149,10 +149,7 @@ def _said(statement: Statement) -> set[str]:
 
 
 def _parsed(path: Path, statement: Statement) -> Config:
-    try:
-        config = parse(statement.request.config)
-    except RequantError as error:
-        raise RequantError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    config = parsed(path, statement.request.config)
     if statement.request.release not in config.releases:
         raise RequantError(f"{path}: config: no release {statement.request.release}; expected the one it is of")
     return config

@@ -42,7 +42,10 @@ def client(server: Server, model: Path, target: Target, chat: bool, seed: int, c
 
         def _create_payload(self, messages, *, eos=None, **settings):
             # lm-eval names the end token as a stop string only where requests are sent one by one.
-            return super()._create_payload(messages, eos=eos or self.eos_string, **settings)
+            payload = super()._create_payload(messages, eos=eos or self.eos_string, **settings)
+            if not payload.get("stop"):  # transformers serve fails on an empty list of them
+                payload.pop("stop", None)
+            return payload
 
     class Completions(Remembering, LocalCompletionsAPI):
         pass

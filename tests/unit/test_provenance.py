@@ -4,9 +4,12 @@ import json
 import platform
 import subprocess
 from importlib.metadata import distributions, version
+from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
+import yaml
 from card_records import (
     BF16,
     NVFP4,
@@ -21,11 +24,14 @@ from card_records import (
     sha,
     statement_of,
 )
+from pydantic import BaseModel
 
+from requant.config import Config, parse
 from requant.environment import canonical, installed, machine
 from requant.errors import RequantError
 from requant.provenance import (
     SCHEMA,
+    check_config,
     code_digests,
     dependencies,
     flake_inputs,
@@ -35,8 +41,12 @@ from requant.provenance import (
     task_digests,
     write_provenance,
 )
+from requant.provenance_schema import schema
 from requant.records import KeepList, read_json
+from requant.standalone import standalone
+from requant.target_files import with_targets
 
+ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = ("predicate", "buildDefinition")
 
 
@@ -159,8 +169,51 @@ def test_what_is_no_provenance_is_refused_in_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_the_schema_is_a_schema():
+def test_the_schema_is_a_schema_and_what_the_classes_say():
     jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text()))
+    assert json.loads(SCHEMA.read_text()) == schema(), "run: python -m requant.provenance_schema"
+
+
+def test_the_schema_knows_every_key_of_a_config():
+    parts = schema()["$defs"]
+
+    def held(section: type[BaseModel]) -> None:
+        written = parts[section.__name__]["properties"]
+        assert written.keys() == {field.alias or name for name, field in section.model_fields.items()}
+        for field in section.model_fields.values():
+            for inner in sections_in(field.annotation):
+                held(inner)
+
+    held(Config)
+    assert parts["Config"]["properties"]["sandbox"] and not parts["Config"]["additionalProperties"]
+
+
+def sections_in(annotation) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for part in get_args(annotation) for inner in sections_in(part)]
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("config/*.yaml")), ROOT / "config.yaml"], ids=lambda path: path.stem
+)
+def test_every_release_of_the_presets_can_be_published(path):
+    """Also with all that a release can have and no preset has."""
+    config = parse(with_targets(yaml.safe_load(path.read_text()), ROOT / "config/targets"))
+    for release in config.releases:
+        check_config(release, standalone(config, release))
+    with pytest.raises(RequantError, match="releases.x: its provenance.json would hold the whole: .*'nonsense'"):
+        check_config("x", standalone(config, release) | {"nonsense": 1})
+
+
+def test_a_config_that_names_a_place_of_the_machine_is_not_published():
+    config = standalone(
+        parse(with_targets(yaml.safe_load((ROOT / "config.yaml").read_text()), ROOT / "none")), "demo-nvfp4"
+    )
+    check_config("demo-nvfp4", config)
+    config["benchmarks"]["demo"]["include_path"] = "/data/tasks"
+    with pytest.raises(RequantError, match="benchmarks.demo.include_path: '/data/tasks' is not valid"):
+        check_config("demo-nvfp4", config)
 
 
 def test_a_pruned_and_a_copied_release_have_a_provenance_that_the_schema_takes(root):

@@ -231,6 +231,7 @@ def test_questions_go_through_the_chat_template_where_that_is_asked_for(folder, 
         record = run(folder, tmp_path, "ifeval", Served(), subject(served), data=lay_out("ifeval", tmp_path / "ifeval"))
     assert record.chat_template and {request["path"] for request in requests} == {"/v1/chat/completions"}
     assert all([message["role"] for message in request["messages"]] == ["user"] for request in requests)
+    assert all(request.get("stop") != [] for request in requests), "transformers serve fails on an empty list"
 
 
 def test_humaneval_runs_programs_in_the_sandbox_alone(folder, tmp_path, monkeypatch):

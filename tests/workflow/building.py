@@ -64,12 +64,13 @@ MODELS = {"ds": "deepseek_v3", "qw": "qwen3_moe", "ll": "llama"}
 
 @dataclass(frozen=True)
 class Build:
-    """A directory that a build runs in."""
+    """A directory that a build runs in. configfiles: as seen from there, later ones merged into earlier ones."""
 
     directory: Path
+    configfiles: tuple[str, ...] = ("mine.yaml",)
 
     def command(self, *arguments: str) -> list[str]:
-        options = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "mine.yaml", "--cores", "2"]
+        options = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", *self.configfiles, "--cores", "2"]
         return [sys.executable, "-m", "snakemake", *options, *arguments]
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
