@@ -14,10 +14,11 @@ import numpy as np
 
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, TextSource, source_name
-from requant.errors import RequantError, brief
+from requant.documents import read_documents, remarks
+from requant.errors import RequantError
 from requant.hashing import file_entry
+from requant.jobs import progress
 from requant.records import CalibrationRecord, TextSourceRecord, TokenSetRecord, write_json
-from requant.untrusted import json_object, open_file
 
 
 @dataclass(frozen=True)
@@ -27,36 +28,6 @@ class TokenSet:
     tokens: np.ndarray
     mask: np.ndarray
     sources: list[TextSourceRecord]
-
-
-def read_documents(source: TextSource) -> list[str]:
-    """The documents of a text source, in file order: JSON lines by `field`, or plain text parted by blank lines.
-
-    Raises RequantError naming the file, and the line where one is not as expected.
-    """
-    path = Path(source.path)
-    with open_file(path, f"the text of calibration source {source_name(source)!r}") as file:
-        data = file.read()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise RequantError(f"{path}: not UTF-8 at byte {error.start}; expected UTF-8 text") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if path.suffix != ".jsonl":
-        documents = [part.strip() for part in text.split("\n\n")]
-    else:
-        documents = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would part a text at U+2028
-            if not line.strip():
-                continue
-            where, expected = f"{path}: line {number}", f"a JSON object with the key {source.field!r}"
-            found = json_object(line.encode(), where, expected)
-            if source.field not in found:
-                raise RequantError(f"{where}: {brief(list(found))} found; expected {expected}")
-            documents.append(found[source.field])
-            if not isinstance(documents[-1], str):
-                raise RequantError(f"{path}: line {number}: {source.field!r} is no text")
-    return [document for document in documents if document]
 
 
 def is_held_out(document: str) -> bool:
@@ -140,6 +111,7 @@ def token_set(
                 tokens_available=available,
                 samples=count,
                 tokens=int(mask.sum()),
+                remarks=remarks(texts),
             )
         )
     order = list(range(nsamples))
@@ -195,6 +167,9 @@ def make_token_sets(
         raise RequantError(
             f"{source}: the tokenizer gives token {largest}; config.json has a vocabulary of {vocabulary}"
         )
+    warned = (f"{text.path}: {remark}" for found in sets.values() for text in found.sources for remark in text.remarks)
+    for line in dict.fromkeys(warned):
+        progress(f"warning: calibration {name}: {line}")
     tensors = {part: torch.from_numpy(found.tokens) for part, found in sets.items()}
     tensors |= {f"{part}_mask": torch.from_numpy(found.mask) for part, found in sets.items()}
     save(out_tokens, tensors)

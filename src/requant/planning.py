@@ -6,6 +6,7 @@ Snakemake asks for a missing file only where something has yet to be made of it;
 from collections.abc import Iterable
 from pathlib import Path
 
+from requant.documents import check_text
 from requant.errors import RequantError
 from requant.hub import COMMIT
 from requant.records import Lock
@@ -31,16 +32,23 @@ def made_here(path: str | Path) -> bool:
 def text_files(calibration: str, settings: dict) -> list[str]:
     """The text files that a calibration's `settings` name, held-out ones included.
 
-    Raises RequantError with the key of the first that is not there.
+    Raises RequantError with the key of the first that is not there, or is nothing that `documents` reads.
     """
     found = []
     for section, sources in (("sources", settings["sources"]), ("heldout.sources", settings["heldout"]["sources"])):
         for number, source in enumerate(sources or []):
             path = source["path"]
-            if not made_here(path) and not Path(path).is_file():
-                wrong = "no file; expected one" if Path(path).exists() else "not there"
-                raise RequantError(f"{path}: {wrong} (calibrations.{calibration}.{section}[{number}].path)")
             found.append(path)
+            if made_here(path):
+                continue
+            key = f"calibrations.{calibration}.{section}[{number}].path"
+            if not Path(path).is_file():
+                wrong = "no file; expected one" if Path(path).exists() else "not there"
+                raise RequantError(f"{path}: {wrong} ({key})")
+            try:
+                check_text(path, source["field"])
+            except RequantError as error:
+                raise RequantError(f"{error} ({key})") from None
     return found
 
 

@@ -89,6 +89,7 @@ class TextSourceRecord(Record):
     tokens_available: int
     samples: int
     tokens: int = Field(description="tokens used, padding not counted")
+    remarks: list[str] = Field([], description="why this may be no text to use: one document, hardly any prose")
 
 
 class TokenSetRecord(Record):

@@ -495,7 +495,7 @@ TEXTS = {
     "has blank lines only": (text(b"\n\n \n\n"), "0 tokens in 0 documents found"),
     "is too short": (text(b"the cat sat on the mat"), "calibration of 8 samples of 32 tokens expects 256 tokens"),
     "is no UTF-8": (text(b"the cat \xff sat"), "not UTF-8 at byte 8"),
-    "is UTF-16": (text("the cat".encode("utf-16")), "not UTF-8 at byte 0"),
+    "is UTF-16": (text("the cat".encode("utf-16")), "UTF-16 found; expected UTF-8 text"),
     "is missing": (special(lambda path: None), "not there; expected the text of calibration source 'text'"),
     "is a directory": (special(Path.mkdir), "a directory found; expected the text"),
     "is a FIFO": (special(os.mkfifo), "a FIFO found; expected the text"),

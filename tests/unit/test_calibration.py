@@ -7,8 +7,9 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from requant.calibration import draw, is_held_out, make_token_sets, read_documents, sample_counts
+from requant.calibration import draw, is_held_out, make_token_sets, sample_counts
 from requant.config import Calibration, HeldOut, TextSource
+from requant.documents import read_documents
 from requant.errors import RequantError
 from requant.records import CalibrationRecord, read_json
 
