@@ -59,6 +59,7 @@ from requant.needs import (
 )
 from requant.planning import (
     check_bucket_model,
+    check_chat_template,
     check_hub_model,
     check_locked_source,
     check_storage,
@@ -67,18 +68,27 @@ from requant.planning import (
     model_to_lock,
     text_files,
 )
-from requant.preflight import check_context, check_group, check_model, check_source
+from requant.preflight import (
+    check_activation,
+    check_context,
+    check_group,
+    check_linears,
+    check_model,
+    check_source,
+)
 from requant.provenance import check_config
 from requant.publishing import releases_asked, upload_asked
 from requant.pruning import check_counts, kept_experts
 from requant.published import files as published_files
 from requant.sandbox import which_sandbox
 from requant.schemes import SCHEMES
-from requant.shapes import shapes_of
+from requant.shapes import linear_widths, shapes_of
+from requant.served_tasks import asks_by_chat
 from requant.signature import check_key
 from requant.sizes import Shaped
 from requant.standalone import standalone
 from requant.target_files import FOLDER, with_targets
+from requant.task_names import check_tasks
 from requant.targets import (
     check_family,
     check_here,
@@ -125,6 +135,13 @@ def or_warn(function, *arguments):
         function(*arguments)
     except RequantError as error:
         print(f"warning: {error}", file=sys.stderr)
+
+
+def say_once(lines):
+    """Tells who plans a build what is no error; the jobs of a build, which plan it again, don't."""
+    if workflow.is_main_process:
+        for line in lines:
+            print(f"note: {line}", file=sys.stderr)
 
 
 # `--config model=NAME` belongs to the rule `lock`; `release=NAME` and `upload=true` to `publish`; rates to `plan`.
@@ -444,6 +461,9 @@ def preflight(release):
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
     or_stop(check_source, model, shards_by_block(model), blocks, files)
     or_stop(check_group, release, settings, model_config)
+    if moe_blocks(model):
+        or_stop(check_activation, release, settings, model_config)
+    say_once(or_stop(check_linears, release, settings, linear_widths(model_shapes(model).kinds)))
     or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
     or_stop(check_family, release, model_config["model_type"], target, CONFIG.targets[target])
     check_target_memory(release)
@@ -838,7 +858,16 @@ def benchmark_folder(wildcards):
 def benchmark_files(wildcards):
     """The task files of a benchmark and the data files they name."""
     folder = benchmark_folder(wildcards)
+    name = benchmark_of(wildcards)
+    known_tasks(f"benchmarks.{name}.tasks", tuple(CONFIG.benchmarks[name].tasks), folder)
     return task_inputs(Path(folder) if folder else None)
+
+
+@cache
+def known_tasks(key, tasks, folder):
+    """Stops the planning if lm-eval lacks one of these tasks; the jobs of a build don't ask again."""
+    if workflow.is_main_process:
+        or_stop(check_tasks, key, tasks, Path(folder) if folder else None)
 
 
 def source_scores(wildcards):
@@ -880,9 +909,15 @@ def sandbox_is_here():
 
 def served_task_files(wildcards):
     """What the prompts of a benchmark are made of: published files, or files of tasks of one's own; none of the hub."""
+    name, settings = benchmark_of(wildcards), served_of(wildcards)
+    key = f"benchmarks.{name}.served.{wildcards.task}"
     if wildcards.task == "humaneval":
         sandbox_is_here()
+    if asks_by_chat(wildcards.task, settings):
+        model = source_name(model_of(wildcards))
+        or_stop(check_chat_template, f"{key}.chat", model, source_dir(model), checkpoint_plan(model)[2])
     if wildcards.task not in PUBLIC:
+        known_tasks(f"{key}.task", (settings.task,), benchmark_folder(wildcards))
         return benchmark_files(wildcards)
     folder = served_data(wildcards)
     return list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.architecture import has_plain_experts
 from requant.config import Sandbox, Served, Target
 from requant.jobs import job
 from requant.packed import PackedCheckpoint
@@ -18,7 +19,9 @@ with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
     packed, made = manifest.parent / "model", read_json(manifest, PackRecord)
     target = Target.model_validate(snakemake.params.target)
     check_files(packed, made.files)
-    reason = why_decoded(PackedCheckpoint(packed).scheme.format, made.moe_blocks > 0, target)
+    checkpoint = PackedCheckpoint(packed)
+    plain_experts = has_plain_experts(checkpoint.places, made.blocks)
+    reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target, plain_experts)
     measure(
         Subject(snakemake.wildcards.release, packed, made.files, reason),
         snakemake.params.benchmark,

@@ -1,6 +1,7 @@
 """Model families: which tensors make a block, which are experts, and which projections engines fuse."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from requant.errors import RequantError, brief
@@ -20,6 +21,7 @@ FAMILIES = {
 MOST_BLOCKS = 1000  # several times those of any model there is; each is a job
 BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+EXPERT = re.compile(r"((?:.+\.)?mlp\.experts)\.\d+\.(?:gate_proj|up_proj|down_proj)")  # a Linear of a routed expert
 
 # Projections of one input whose matrix products engines fuse: they must have one weight_global_scale.
 # (vLLM and sglang: QKVParallelLinear, MergedColumnParallelLinear, fused_qkv_a_proj of MLA, fused MoE w13.)
@@ -65,6 +67,13 @@ def head_width(config: dict[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
+def attention_window(config: dict[str, Any]) -> int | None:
+    """Tokens that an attention of the model sees, if it is limited; Qwen3 has the number also where it is not used."""
+    if str(config.get("model_type")).startswith("qwen3") and not config.get("use_sliding_window"):
+        return None
+    return config.get("sliding_window")
+
+
 def block_of(tensor: str, blocks: int) -> int | None:
     """The decoder block that a tensor belongs to; None for embeddings, norm, head and multi-token prediction."""
     match = BLOCK_TENSOR.fullmatch(tensor)
@@ -84,6 +93,11 @@ def expert_counts(tensors: list[str] | dict, blocks: int) -> dict[int, int]:
         if block is not None and (match := EXPERT_TENSOR.fullmatch(name)):
             experts.setdefault(block, set()).add(int(match[1]))
     return {block: len(found) for block, found in sorted(experts.items())}
+
+
+def has_plain_experts(tensors: Iterable[str], blocks: int) -> bool:
+    """Whether one of these tensors of a checkpoint is the unpacked weight of a routed expert in one of its blocks."""
+    return any(EXPERT_TENSOR.fullmatch(name) and block_of(name, blocks) is not None for name in tensors)
 
 
 def fused_groups(weights: list[str]) -> list[list[str]]:

@@ -26,6 +26,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*"
 ADDRESS = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>[^/\s]+(?:/[^/\s]+)*))?/?")
 
 MOST_LINES = 20  # of the errors of one config
+FROM_THE_BEGINNING = "re:"  # what marks a pattern of `keep` that has to match from the beginning of a name on
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -336,7 +337,9 @@ class Release(Section):
     calibration: str = Field("default", description="tokens to tune on: a name in `calibrations`")
     tuning: Tuning = Tuning()
     keep: list[str] = Field(
-        [], description="regular expressions of Linear names that stay in BF16, names as in transformers"
+        [],
+        description="Linears that stay in BF16, with what engines fuse with them: regular expressions, found "
+        "anywhere in names as transformers has them; after `re:`, as llm-compressor writes them, from the beginning on",
     )
     mtp: Literal["keep", "drop"] = Field(
         "keep",
@@ -361,7 +364,7 @@ class Release(Section):
     def _patterns_compile(self):
         for pattern in self.keep:
             try:
-                re.compile(pattern)
+                re.compile(pattern.removeprefix(FROM_THE_BEGINNING))
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"keep: {brief(pattern)} is not a regular expression ({error})") from error
         return self

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from requant import decisions, smoke
+from requant.architecture import has_plain_experts
 from requant.config import Deploy, Target
 from requant.engines import serve_at
 from requant.environment import machine
@@ -81,7 +82,8 @@ def smoke_test(
             "delete it to rebuild"
         )
     texts = choose_texts(checkpoint, tokenizer, heldout, settings, target)
-    reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target)
+    plain_experts = has_plain_experts(checkpoint.places, made.blocks)
+    reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target, plain_experts)
     server, asked = _serve_and_ask(
         release, packed, made, reason is not None, tokenizer, texts, settings, target, folder, server_log, threads
     )

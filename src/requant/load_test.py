@@ -82,7 +82,7 @@ def _tested(
 ) -> LoadTestRecord:
     import torch
 
-    from requant.architecture import expert_counts
+    from requant.architecture import expert_counts, has_plain_experts
     from requant.packed import PackedCheckpoint
     from requant.packing import pack_first
     from requant.streamed import StreamedModel
@@ -93,7 +93,8 @@ def _tested(
         pack_first(cut.source, cut.scheme, cut.blocks_dir, cut.blocks, scratch / "cut", cut.keep)
         checkpoint = PackedCheckpoint(scratch / "cut")
         moe_blocks = len(expert_counts(checkpoint.index, cut.blocks))
-        reason = why_decoded(checkpoint.scheme.format, moe_blocks > 0, target)
+        plain_experts = has_plain_experts(checkpoint.places, cut.blocks)
+        reason = why_decoded(checkpoint.scheme.format, moe_blocks > 0, target, plain_experts)
         server, served, refusal = _serve_and_ask(
             cut, checkpoint, reason is not None, tokens, settings, target, scratch, server_log, threads
         )

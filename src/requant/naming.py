@@ -54,6 +54,16 @@ def released_name(name: str, config: dict[str, Any]) -> str:
     return MLP.sub(lambda match: _renamed(match, "block_sparse_moe", MIXTRAL_LETTERS), name, count=1)
 
 
+def engine_names(name: str, config: dict[str, Any]) -> set[str]:
+    """What serving engines may ask for when they look whether the module that requant calls `name` is quantized.
+
+    vLLM asks for the experts of a Mixtral by its own names of projections, under Mixtral's name of their module.
+    """
+    released = released_name(name, config)
+    leaf = name.rpartition(".")[2]
+    return {released, f"{released.rpartition('.')[0]}.{leaf}"}
+
+
 def _renamed(match: re.Match, parent: str, projections: dict[str, str]) -> str:
     expert = f"{match[2]}.{projections[match[3]]}" if match[2] else ""
     return f"{match[1]}.{parent}.{expert}"

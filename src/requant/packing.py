@@ -20,7 +20,7 @@ from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.locks import elements, shared_experts, tensors_of
-from requant.naming import module_name, released_name
+from requant.naming import engine_names, module_name, released_name
 from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
 from requant.schemes import SCHEMES, Scheme
@@ -134,7 +134,7 @@ def lay_out(
     matrices = {name.removesuffix(".weight") for name in outer if outer[name].dim() == 2 and "embed" not in name}
     held = [name for name, block in block_by_name.items() if block is None or block < blocks]
     kept = {name for record in records for name in record.kept} | routers(held)
-    ignored = sorted({"lm_head"} | matrices | {released_name(name, config) for name in kept})
+    ignored = sorted({"lm_head"} | matrices | {asked for name in kept for asked in engine_names(name, config)})
     written = release_config(config)
     if scheme.quantizes:
         written["quantization_config"] = quantization_config(scheme, ignored)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from requant import fp8, structure
+from requant.architecture import EXPERT
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
@@ -26,13 +27,15 @@ from requant.duration import (
 )
 from requant.engine_command import is_pinned
 from requant.errors import RequantError
+from requant.linears import choose
 from requant.locks import load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
-from requant.preflight import check_model, check_numbers
+from requant.preflight import check_linears, check_model, check_numbers
 from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, StagePlan, TargetPlan, TimelinePlan, write_json
 from requant.schemes import SCHEMES, Scheme
 from requant.served_copy import why_decoded
+from requant.shapes import linear_widths
 from requant.structure import ReleaseSize, Structure
 from requant.targets import (
     cache_bytes_per_token,
@@ -176,11 +179,7 @@ def plan(
     model = subject.pruned(whole)
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     sizes = {name: model.release_size(other, settings.keep, settings.mtp == "drop") for name, other in SCHEMES.items()}
-    if scheme.quantizes and not sizes[scheme.name].quantized:
-        reasons = ", ".join(scheme_plan(sizes[scheme.name]).kept) or "it has none"
-        raise RequantError(
-            f"releases.{subject.release}: no Linear of {settings.model!r} would be quantized ({reasons})"
-        )
+    check_linears(subject.release, settings, linear_widths(model.kinds))
     moe = [kind for kind in model.kinds if kind.experts]
     rates = read_rates(rates_path, tuning.device)
     of_blocks = block_seconds(subject, whole, model, rates, read_rates(rates_path, subject.device), results)
@@ -378,8 +377,9 @@ def states(subject: Subject, model: Structure) -> dict[str, int]:
 
 def serves_decoded(subject: Subject, model: Structure) -> bool:
     """Whether the deploy stage makes a BF16 copy of the release to serve it."""
-    stored_format, moe = SCHEMES[subject.settings.scheme].format, any(kind.experts for kind in model.kinds)
-    return why_decoded(stored_format, moe, subject.target) is not None
+    scheme, moe = SCHEMES[subject.settings.scheme], any(kind.experts for kind in model.kinds)
+    kept = choose(linear_widths(model.kinds), scheme, subject.settings.keep)[1]
+    return why_decoded(scheme.format, moe, subject.target, any(map(EXPERT.fullmatch, kept))) is not None
 
 
 def target_plan(subject: Subject, model: Structure, released: int, scheme: Scheme) -> TargetPlan:

@@ -3,13 +3,16 @@
 Snakemake asks for a missing file only where something has yet to be made of it; finished outputs would hide it.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from requant.documents import check_text
-from requant.errors import RequantError
+from requant.errors import RequantError, plain
 from requant.hub import COMMIT
 from requant.records import Lock
+from requant.untrusted import read_json_object
 
 
 def check_storage(provider: str | None, shared: bool) -> None:
@@ -50,6 +53,47 @@ def text_files(calibration: str, settings: dict) -> list[str]:
             except RequantError as error:
                 raise RequantError(f"{error} ({key})") from None
     return found
+
+
+def check_chat_template(key: str, model: str, directory: str, names: Iterable[str]) -> None:
+    """Raises RequantError, beginning with the config's `key`, if `model`, which is asked through a chat template, has
+    none, or none that Jinja reads. names: of its files, of which some may not have come to `directory` yet."""
+    found = [name for name in ("chat_template.jinja", "chat_template.json") if name in names]
+    folder = Path(directory)
+    if found and not (folder / found[0]).exists():
+        return
+    template: Any = None
+    if found and found[0].endswith(".jinja"):
+        template = (folder / found[0]).read_text(encoding="utf-8", errors="replace")
+    elif found:
+        template = read_json_object(folder / found[0]).get("chat_template")
+    elif "tokenizer_config.json" in names:
+        if not (folder / "tokenizer_config.json").exists():
+            return
+        template = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if not isinstance(template, str):
+        raise RequantError(
+            f"{key}: model {model!r} has no chat template, in chat_template.jinja or tokenizer_config.json, which the "
+            "benchmark is asked through; expected one, or `chat: false`"
+        )
+    if (wrong := _wrong_in_template(template)) is not None:
+        raise RequantError(f"{key}: the chat template of model {model!r}: {wrong}; expected one that Jinja reads")
+
+
+def _wrong_in_template(template: str) -> str | None:
+    """What Jinja says of a template; None if it reads it. `generation` is a tag of transformers'."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template))
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {plain(error.message or '')}"
+    return None
 
 
 def check_locked_source(model: str, directory: str, lock: str, names: Iterable[str]) -> None:

@@ -1,14 +1,17 @@
 """What can't work, told before any job starts: by arithmetic on config.json and the config, without torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from requant.architecture import block_count, family, head_width
+from requant import fp8
+from requant.architecture import attention_window, block_count, family, head_width
 from requant.checkpoint import TOKENIZERS
 from requant.config import Calibration, Release
 from requant.errors import RequantError, brief
+from requant.layout import check_layout
+from requant.linears import check_patterns, choose, taken_along
 from requant.locks import check_stored
-from requant.naming import EXPERT_COUNTS, MOST_EXPERTS
+from requant.naming import EXPERT_COUNTS, MOST_EXPERTS, entries
 from requant.records import TensorEntry
 from requant.schemes import SCHEMES
 
@@ -21,6 +24,22 @@ LATENT_NUMBERS = (
 )  # of multi-head latent attention
 LARGEST = 2**31 - 1
 
+# Activations and rotary embeddings that transformers knows, with the keys that each of these needs.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+)
+OF_TUNED_EXPERTS = ("silu", "swish")
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
+}
 
 # Numbers that not every family has. Some files write null, or 0, for what a model does without.
 OPTIONAL_NUMBERS = {
@@ -84,6 +103,54 @@ def _check_routing(where: str, config: dict[str, Any]) -> None:
             )
 
 
+def check_arithmetic(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError, beginning with `where`, naming a key of config.json of which no model can be built."""
+    act = config.get("hidden_act", "silu")
+    if act not in ACTIVATIONS:
+        raise RequantError(
+            f"{where}: config.json: hidden_act: {brief(act)}; expected one of transformers': {', '.join(ACTIVATIONS)}"
+        )
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        raise RequantError(f"{where}: config.json: rms_norm_eps: {brief(epsilon)}; expected a number from 0 to 1")
+    pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
+    if pad is not None and not (type(pad) is int and -vocabulary <= pad < vocabulary):
+        raise RequantError(
+            f"{where}: config.json: pad_token_id: {brief(pad)}; expected one of the vocabulary, less than {vocabulary} "
+            "(vocab_size), or null"
+        )
+    for key in ("rope_parameters", "rope_scaling"):
+        _check_rope(f"{where}: config.json: {key}", config.get(key))
+    _check_positive(f"{where}: config.json: rope_theta", config.get("rope_theta", 10_000.0))
+
+
+def _check_rope(where: str, rope: Any) -> None:
+    """Raises RequantError, beginning with `where`, if transformers knows no such rotary embedding."""
+    if rope is None or rope == {}:
+        return
+    if not isinstance(rope, dict):
+        raise RequantError(f"{where}: {brief(rope)}; expected keys and values, or null")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise RequantError(f"{where}: rope_type: {brief(kind)}; expected one of {', '.join(ROPE_KEYS)}")
+    if kind == "default" and any(key in rope for keys in ROPE_KEYS.values() for key in keys):
+        raise RequantError(f"{where}: {brief(rope)}; expected the rope_type that it is for: as it is, it has no effect")
+    if "rope_theta" in rope:
+        _check_positive(f"{where}: rope_theta", rope["rope_theta"])
+    for key in ROPE_KEYS[kind]:
+        value = rope.get(key)
+        if isinstance(value, list) and value and key.endswith("_factor"):
+            for number in value:
+                _check_positive(f"{where}: {key}", number)
+        else:
+            _check_positive(f"{where}: {key}", value)
+
+
+def _check_positive(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise RequantError(f"{where}: {brief(value)}; expected a number above 0")
+
+
 def check_model(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
     """Raises RequantError if requant can't build the model of this config.json, or read its `tensors`.
 
@@ -94,8 +161,14 @@ def check_model(where: str, config: dict[str, Any], tensors: dict[str, TensorEnt
     except RequantError as error:
         raise RequantError(f"{where}: {error}") from None
     check_numbers(where, config)
+    check_arithmetic(where, config)
     check_stored(where, config, tensors)
     check_outside(where, config, tensors)
+    try:
+        held = entries(fp8.without_scales(tensors), config)
+    except RequantError as error:
+        raise RequantError(f"{where}: {error}") from None
+    check_layout(where, config, held)
 
 
 def check_outside(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
@@ -160,8 +233,41 @@ def check_group(name: str, release: Release, config: dict[str, Any]) -> None:
         )
 
 
+def check_linears(name: str, release: Release, linears: Mapping[str, int]) -> list[str]:
+    """What a user should know of the Linears of a release that stay in BF16: a sentence each. linears: input widths.
+
+    Raises RequantError if a pattern of `keep` means none of them, or all stay.
+    """
+    scheme = SCHEMES[release.scheme]
+    if not scheme.quantizes:
+        return []
+    check_patterns(name, release.keep, linears)
+    quantized, kept = choose(linears, scheme, release.keep)
+    if not quantized:
+        reasons = ", ".join(dict.fromkeys(kept.values())) or "it has none"
+        raise RequantError(f"releases.{name}: no Linear of {release.model!r} would be quantized ({reasons})")
+    return [f"releases.{name}: {line}" for line in taken_along(kept)]
+
+
+def check_activation(name: str, release: Release, config: dict[str, Any]) -> None:
+    """Raises RequantError if the engine that tunes a release of a model with experts does not know its activation."""
+    tuned = SCHEMES[release.scheme].quantizes and release.tuning.iters and release.tuning.engine == "fused"
+    if tuned and config.get("hidden_act", "silu") not in OF_TUNED_EXPERTS:
+        raise RequantError(
+            f"releases.{name}.tuning.engine: 'fused': experts of model {release.model!r} have the activation "
+            f"{config['hidden_act']!r} (config.json: hidden_act), fused knows {' and '.join(OF_TUNED_EXPERTS)}; "
+            "expected engine: auto_round, or iters: 0"
+        )
+
+
 def check_context(name: str, calibration: Calibration, model: str, config: dict[str, Any]) -> None:
-    """Raises RequantError if samples of `calibration`, called `name`, are longer than the model's context."""
+    """Raises RequantError if samples of `calibration`, called `name`, are longer than a model's context, or window."""
+    window = attention_window(config)
+    if isinstance(window, int) and calibration.seqlen > window:
+        raise RequantError(
+            f"calibrations.{name}.seqlen: {calibration.seqlen}; expected {window} or less, the attention's window of "
+            f"model {model!r} (config.json: sliding_window): blocks are run with full attention"
+        )
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and calibration.seqlen > limit:
         raise RequantError(

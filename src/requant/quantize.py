@@ -1,7 +1,6 @@
 """One block of a release: tuned, encoded, checked for shared scales, and run on to feed the next block."""
 
 import hashlib
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from requant import __version__, autoround, fused, nvfp4
-from requant.architecture import ALWAYS_KEPT, NEVER_TUNED, expert_counts, fused_groups
+from requant.architecture import NEVER_TUNED, expert_counts, fused_groups
 from requant.blocks import empty_block, fill
 from requant.chain import load_masks
 from requant.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from requant.errors import RequantError
 from requant.grouped import ungroup
 from requant.hashing import file_entry
 from requant.jobs import peak_memory_bytes, progress
+from requant.linears import choose
 from requant.naming import released_name
 from requant.packed import PARTS, decoded_on, round_inputs
 from requant.records import BlockRecord, KeepList, write_json
@@ -64,29 +64,10 @@ def block_seed(seed: int, release: str, block: int) -> int:
 
 
 def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(Linears of `block` to quantize, Linears left in BF16 with the reason each), names as `naming` has them.
-
-    `prefix` is put before names in the block. A Linear is kept if it is a router, if a pattern of `keep` is found in
-    its name, or if its width is no multiple of the scheme's group; all are if the scheme quantizes nothing.
-    """
-    chosen, kept = [], {}
-    for name, module in block.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        if not scheme.quantizes:
-            kept[prefix + name] = f"scheme {scheme.name} quantizes nothing"
-            continue
-        always = [reason for pattern, reason in ALWAYS_KEPT.items() if re.search(pattern, prefix + name)]
-        asked = [pattern for pattern in keep if re.search(pattern, prefix + name)]
-        if always:
-            kept[prefix + name] = always[0]
-        elif asked:
-            kept[prefix + name] = f"config: keep {asked[0]}"
-        elif module.in_features % scheme.group_size:
-            kept[prefix + name] = f"width {module.in_features} is no multiple of the group of {scheme.group_size}"
-        else:
-            chosen.append(prefix + name)
-    return sorted(chosen), kept
+    """What `linears.choose` says of the Linears of `block`, names as `naming` has them; `prefix` stands before those in
+    the block."""
+    modules = {prefix + name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return choose({name: module.in_features for name, module in modules.items()}, scheme, keep)
 
 
 def share_global_scales(block: nn.Module, prefix: str, linears: list[str]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.architecture import expert_counts
+from requant.architecture import expert_counts, has_plain_experts
 from requant.checkpoint import Checkpoint
 from requant.config import Target
 from requant.engine_command import LOOPBACK, check_quantization, docker_command, engine_command, quantization_of
@@ -42,8 +42,10 @@ def planned(folder: Path, target_name: str, target: Target) -> Serving:
     folder = folder.absolute()
     checkpoint, quantization = Checkpoint(folder), quantization_of(folder)
     config, scheme = checkpoint.config, _scheme(folder, checkpoint.config, quantization)
-    moe = bool(expert_counts(list(checkpoint.index), int(config.get("num_hidden_layers") or 0)))
-    reason = None if scheme is None else why_decoded(scheme.format, moe, target)
+    blocks = int(config.get("num_hidden_layers") or 0)
+    weights = {name.removesuffix("_packed") for name in checkpoint.index}
+    moe, plain_experts = bool(expert_counts(weights, blocks)), has_plain_experts(checkpoint.index, blocks)
+    reason = None if scheme is None else why_decoded(scheme.format, moe, target, plain_experts)
     if reason is None:
         check_quantization(str(folder), quantization, target)
     problem = (scheme and unsupported(scheme, target)) or family_problem(str(config.get("model_type")), target)

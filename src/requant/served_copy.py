@@ -31,16 +31,25 @@ WHY_DECODED_MOE = {  # besides, for a mixture of experts
 WHY_ASKED = "the config asks for it (`targets`: `weights: decoded`)"
 
 
-def why_decoded(stored_format: str | None, moe: bool, target: Target) -> str | None:
+# Seen with transformers 5.23.0: its conversion of a block's experts takes packed ones alone.
+WHY_DECODED_PLAIN_EXPERTS = (
+    "loads no packed checkpoint in which a block keeps its experts in BF16, but ends with errors of their conversion"
+)
+
+
+def why_decoded(stored_format: str | None, moe: bool, target: Target, plain_experts: bool = False) -> str | None:
     """Why weights stored in that format are decoded to be served at `target`; None if they are served as they are.
 
-    stored_format: None for BF16, which nothing can be decoded to.
+    stored_format: None for BF16, which nothing can be decoded to. plain_experts: whether the experts of a block are in
+    BF16 all the same.
     """
     if stored_format is None:
         return None
     if target.engine == "transformers" and stored_format in WHY_DECODED:
         besides = WHY_DECODED_MOE.get(stored_format, "") if moe else ""
         return f"transformers {besides}{WHY_DECODED[stored_format]}"
+    if target.engine == "transformers" and plain_experts:
+        return f"transformers {WHY_DECODED_PLAIN_EXPERTS}"
     return WHY_ASKED if target.weights == "decoded" else None
 
 

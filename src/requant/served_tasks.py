@@ -71,13 +71,18 @@ class Choice:
 def choose(name: str, settings: Served, target: Target) -> Choice:
     """What benchmark `name` is at a target whose engine may give no log-probabilities."""
     if name not in CONVENTIONS:
-        return Choice(str(settings.task), settings.metric, settings.num_fewshot, bool(settings.chat))
-    convention = CONVENTIONS[name]
-    chat = convention.chat if settings.chat is None else settings.chat
+        return Choice(str(settings.task), settings.metric, settings.num_fewshot, asks_by_chat(name, settings))
+    convention, chat = CONVENTIONS[name], asks_by_chat(name, settings)
     by_likelihood = convention.by_likelihood if target.engine in GIVE_LOGPROBS and not chat else None
     form = by_likelihood or convention.by_generation
     shots = convention.num_fewshot if settings.num_fewshot is None else settings.num_fewshot
     return Choice(form.task, settings.metric or form.metric, shots, chat)
+
+
+def asks_by_chat(name: str, settings: Served) -> bool:
+    """Whether benchmark `name` is asked through the chat template."""
+    convention = CONVENTIONS.get(name)
+    return bool(convention is not None and convention.chat if settings.chat is None else settings.chat)
 
 
 def needs_network(name: str, settings: Served) -> bool:

@@ -3,7 +3,7 @@
 It runs whenever a build is planned. Memory and hours follow from it as they follow from a `structure.Structure`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ ROUTER = "mlp.gate.weight"
 
 
 class Counted:
-    """What follows from the `tensors` of a block, names without the block's prefix."""
+    """What follows from the `tensors` of the blocks of a kind, names without the block's prefix."""
 
     @cached_property
     def elements(self) -> int:
@@ -77,6 +77,16 @@ class ModelShapes:
     def kind_of(self, block: int) -> BlockShapes:
         """The kind that a block is of."""
         return next(kind for kind in self.kinds if block in kind.blocks)
+
+
+def linear_widths(kinds: Iterable[Counted]) -> dict[str, int]:
+    """Input width of each Linear of all blocks of these kinds, by its whole name."""
+    return {
+        f"model.layers.{block}.{name}": shape[1]
+        for kind in kinds
+        for block in kind.blocks
+        for name, shape in kind.linear_shapes.items()
+    }
 
 
 def shapes_of(config: dict[str, Any], tensors: Mapping[str, Shaped], pruned: bool = False) -> ModelShapes:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from requant.architecture import block_count, block_of
+from requant.architecture import attention_window, block_count, block_of
 from requant.attention import attention_chosen
 from requant.blocks import empty_block, empty_model, fill
 from requant.checkpoint import Checkpoint
@@ -139,7 +139,7 @@ class StreamedModel:
         return model.eval().to(self.device)
 
     def _check_length(self, length: int) -> None:
-        window = getattr(self.config, "sliding_window", None)
+        window = attention_window(self.checkpoint.config)
         if window is not None and length > window:
             raise RequantError(
                 f"{self.checkpoint.directory}/config.json: sliding_window: {window}; samples have {length} tokens: "

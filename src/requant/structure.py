@@ -15,8 +15,8 @@ from requant.architecture import block_of, is_drafting
 from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
 from requant.cut import cut_config
 from requant.errors import RequantError
+from requant.linears import choose
 from requant.naming import entries, released_name
-from requant.quantize import choose_linears
 from requant.records import TensorEntry
 from requant.schemes import Scheme
 from requant.shapes import Counted
@@ -49,8 +49,10 @@ class Kind(Counted):
         }
 
     def linears(self, block: int, scheme: Scheme, keep: list[str]) -> tuple[list[str], dict[str, str]]:
-        """What `choose_linears` gives for block `block`: Linears to quantize, and those left with their reasons."""
-        return choose_linears(self.module, f"model.layers.{block}.", scheme, keep)
+        """What `linears.choose` says of block `block`: Linears to quantize, and those left with their reasons."""
+        return choose(
+            {f"model.layers.{block}.{name}": shape[1] for name, shape in self.linear_shapes.items()}, scheme, keep
+        )
 
     def named(self, block: int) -> dict[str, Shaped]:
         """The tensors of block `block`, whole names."""

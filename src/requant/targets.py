@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from requant.architecture import ALWAYS_KEPT, EXPERT_TENSOR, block_of, head_width, is_drafting
+from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
 from requant.config import Target
 from requant.errors import RequantError
+from requant.linears import choose
 from requant.schemes import Scheme
 from requant.sizes import Shaped, released, tensor_bytes
 from requant.view import ROUTER_TENSOR, routed_experts
@@ -231,8 +232,7 @@ def weight_bytes(
     doesn't count are pruned. Multi-token prediction is left out if `drop_drafting`.
     """
     blocks, experts = config["num_hidden_layers"], routed_experts(config)
-    patterns = [*ALWAYS_KEPT, *keep]
-    kept, linears = {}, []
+    kept, widths = {}, {}
     for name, tensor in tensors.items():
         expert = EXPERT_TENSOR.fullmatch(name)
         if (expert and int(expert[1]) >= experts) or (drop_drafting and is_drafting(name, blocks)):
@@ -244,14 +244,7 @@ def weight_bytes(
             )
         kept[name] = tensor
         linear = name.removesuffix(".weight")
-        if (
-            holds_packed(target)
-            and scheme.quantizes
-            and linear != name
-            and len(tensor.shape) == 2
-            and block_of(name, blocks) is not None
-            and tensor.shape[1] % scheme.group_size == 0
-            and not any(re.search(pattern, linear) for pattern in patterns)
-        ):
-            linears.append(linear)
+        if linear != name and len(tensor.shape) == 2 and block_of(name, blocks) is not None:
+            widths[linear] = tensor.shape[1]
+    linears = choose(widths, scheme, keep)[0] if holds_packed(target) else []
     return tensor_bytes(released(kept, linears, scheme))

@@ -19,6 +19,7 @@ from requant.checkpoint import Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
+from requant.linears import check_closed
 from requant.packed import PackedCheckpoint, decode_parts
 from requant.records import KeepList, TensorCheck, VerifyRecord, packed_as, write_json
 from requant.schemes import Scheme
@@ -86,6 +87,8 @@ def verify(
     scheme, blocks = packed.scheme, block_count(original.config)
     dropped = account(original, packed, blocks)
     quantized = set(packed.quantized)
+    linears = {name: name.removesuffix(".weight") for name in original.index if block_of(name, blocks) is not None}
+    check_closed((linears[name] for name in quantized), linears.values())
     checks: dict[str, TensorCheck] = {}
     unchanged = 0
     scales: dict[str, float] = {}

@@ -14,7 +14,7 @@ from requant.blocks import empty_block, empty_model, model_config
 from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
 from requant.locks import tensors_of
-from requant.naming import entries, module_name, places, released_name
+from requant.naming import engine_names, entries, module_name, places, released_name
 from requant.records import TensorEntry
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -99,6 +99,14 @@ def test_mixtrals_names_there_and_back():
         assert module_name(stored, config) == name
         assert released_name(name, config) == stored
         assert module_name(stored, {"model_type": "qwen3_moe"}) == stored == released_name(stored, {})
+
+
+def test_engines_find_a_kept_expert_of_mixtral_by_either_name():
+    name, mixtral = "model.layers.1.mlp.experts.7.up_proj", {"model_type": "mixtral"}
+    module = "model.layers.1.block_sparse_moe.experts.7"
+    assert engine_names(name, mixtral) == {f"{module}.w3", f"{module}.up_proj"}
+    assert engine_names(name, {"model_type": "qwen3_moe"}) == {name}
+    assert engine_names("model.layers.1.self_attn.q_proj", mixtral) == {"model.layers.1.self_attn.q_proj"}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v32"])

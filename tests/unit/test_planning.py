@@ -1,12 +1,13 @@
 """What the config names and is not there is said by its path and key, before anything runs."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from requant.config import Calibration
 from requant.errors import RequantError
-from requant.planning import check_locked_source, file_rates, model_to_lock, text_files
+from requant.planning import check_chat_template, check_locked_source, file_rates, model_to_lock, text_files
 
 
 def settings(sources, heldout=None) -> dict:
@@ -43,6 +44,51 @@ def test_a_folder_is_no_text(texts):
 def test_texts_that_the_graph_makes_may_be_absent():
     paths = ["results/demo/calibration/stories.jsonl", "results/demo/test/stories.jsonl"]
     assert text_files("demo", settings(paths[:1], paths[1:])) == paths
+
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% break %}{% endfor %}"
+GENERATING = "{%- generation %}{{ messages }}{% endgeneration -%}"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("chat_template.jinja", TEMPLATE),
+        ("chat_template.jinja", GENERATING),
+        ("chat_template.json", json.dumps({"chat_template": TEMPLATE})),
+        ("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE})),
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": "default", "template": TEMPLATE}]})),
+    ],
+)
+def test_a_chat_template_is_found_wherever_it_may_be(tmp_path, name, data):
+    (tmp_path / name).write_text(data)
+    check_chat_template("key", "mine", str(tmp_path), ["config.json", "tokenizer_config.json", name])
+
+
+def test_a_template_that_has_not_come_yet_is_waited_for(tmp_path):
+    check_chat_template("key", "mine", str(tmp_path), ["chat_template.jinja", "tokenizer_config.json"])
+    check_chat_template("key", "mine", str(tmp_path / "none"), ["tokenizer_config.json"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "key: model 'mine' has no chat template"),
+        ({"tokenizer_config.json": "{}"}, "key: model 'mine' has no chat template"),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": "x"}]}'}, "has no chat template"),
+        (
+            {"chat_template.jinja": "a\n{% for m in messages %}"},
+            "key: the chat template of model 'mine': line 2: Unexpected",
+        ),
+        ({"chat_template.jinja": "{{ messages"}, "the chat template of model 'mine': line 1"),
+    ],
+)
+def test_a_model_that_can_not_be_asked_by_chat_is_named(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RequantError) as caught:
+        check_chat_template("key", "mine", str(tmp_path), list(files))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_not_where_its_lock_has_it_is_named(tmp_path):

@@ -1,11 +1,16 @@
 """What is refused before any job starts: each fault is one line, and what can work is let through."""
 
+import copy
 import os
 import shutil
 from collections import namedtuple
 
 import pytest
+import tiny
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from requant.blocks import empty_model
 from requant.config import Calibration, Release
 from requant.disk import (
     chain_files,
@@ -17,7 +22,18 @@ from requant.disk import (
     tokens_bytes,
 )
 from requant.errors import RequantError
-from requant.preflight import check_context, check_group, check_numbers, check_source
+from requant.preflight import (
+    ACTIVATIONS,
+    OF_TUNED_EXPERTS,
+    ROPE_KEYS,
+    check_activation,
+    check_arithmetic,
+    check_context,
+    check_group,
+    check_linears,
+    check_numbers,
+    check_source,
+)
 
 DENSE = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128, "num_key_value_heads": 2}
 DENSE |= {"intermediate_size": 3072, "num_hidden_layers": 10, "max_position_embeddings": 4096}
@@ -47,6 +63,106 @@ def test_a_width_that_no_block_has_is_no_reason_to_let_a_group_through():
         check_group("r", Release(model="m", scheme="W4A16"), moe)
     check_group("r", Release(model="m", scheme="W4A16"), moe | {"first_k_dense_replace": 1})
     check_group("r", Release(model="m", scheme="W4A16"), MLA)
+
+
+def test_samples_longer_than_an_attentions_window_are_refused():
+    for family, changes in (("mixtral", {}), ("qwen3", {"use_sliding_window": True})):
+        config = DENSE | {"model_type": family, "sliding_window": 64} | changes
+        check_context("c", Calibration(seqlen=64), "m", config)
+        with pytest.raises(
+            RequantError, match=r"calibrations\.c\.seqlen: 65; expected 64 or less, the attention's window"
+        ):
+            check_context("c", Calibration(seqlen=65), "m", config)
+    unused = {"model_type": "qwen3_moe", "sliding_window": 64, "use_sliding_window": False}
+    check_context("c", Calibration(seqlen=65), "m", DENSE | unused)
+    check_context("c", Calibration(seqlen=65), "m", DENSE | {"model_type": "mixtral", "sliding_window": None})
+
+
+def test_activations_and_rotary_embeddings_are_those_that_transformers_knows():
+    assert set(ACTIVATIONS) == set(ACT2FN.keys())
+    assert set(ROPE_KEYS) == {"default", *ROPE_INIT_FUNCTIONS}
+    assert {type(ACT2FN[name]).__name__[:4] for name in OF_TUNED_EXPERTS} == {"SiLU"}
+
+
+ROPES = [
+    None,
+    {},
+    {"rope_type": "default"},
+    {"type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "mscale": 1.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 16, "factor": 2.0},
+]
+WRONG = {
+    "hidden_act": [
+        ("nonsense", "'nonsense'; expected one of transformers'"),
+        (None, "None; expected"),
+        (3, "3; expected"),
+    ],
+    "rms_norm_eps": [("1e-6", "'1e-6'; expected a number"), (None, "None"), (-1, "-1"), (True, "True")],
+    "pad_token_id": [(320, "320; expected one of the vocabulary, less than 320"), (-321, "-321"), ("0", "'0'")],
+    "rope_theta": [("1e4", "'1e4'; expected a number above 0"), (0, "0; expected"), (None, "None; expected")],
+    "rope_scaling": [
+        ("linear", "'linear'; expected keys and values"),
+        (
+            {"type": "su", "short_factor": [1.0], "long_factor": [1.0]},
+            "rope_type: 'su'; expected one of default, linear",
+        ),
+        ({"rope_type": "mrope", "mrope_section": [1]}, "rope_type: 'mrope'"),
+        ({"rope_type": ["yarn"]}, "rope_type: ['yarn']"),
+        ({"rope_type": "linear"}, "factor: None; expected a number above 0"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor: '4'"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "high_freq_factor: None"),
+        ({"rope_type": "longrope", "short_factor": [1.0, "a"], "long_factor": [1.0]}, "short_factor: 'a'"),
+        ({"rope_type": "default", "rope_theta": "x"}, "rope_theta: 'x'; expected a number above 0"),
+        ({"factor": 2.0}, "expected the rope_type that it is for: as it is, it has no effect"),
+    ],
+}
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_what_transformers_builds_is_let_through(key):
+    config = tiny.FAMILIES["llama"] | {"model_type": "llama"}
+    for rope in ROPES:
+        check_arithmetic("here", config | {key: rope})
+        empty_model(config | {key: copy.deepcopy(rope)})
+    for changes in ({"pad_token_id": -1}, {"pad_token_id": 319}, {"pad_token_id": None}, {"hidden_act": "gelu"}):
+        check_arithmetic("here", config | changes)
+        empty_model(config | changes)
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_config_of_which_no_model_can_be_built_is_refused(key):
+    config = tiny.FAMILIES["llama"] | {"model_type": "llama"}
+    for value, message in WRONG[key]:
+        with pytest.raises(RequantError) as caught:
+            check_arithmetic("here", config | {key: value})
+        line = str(caught.value)
+        assert line.startswith(f"here: config.json: {key}: ") and message in line
+
+
+def test_experts_of_another_activation_are_refused_where_they_would_be_tuned():
+    release = Release(model="m", scheme="NVFP4")
+    check_activation("r", release, {"hidden_act": "silu"})
+    check_activation("r", release, {})
+    with pytest.raises(RequantError, match=r"releases\.r\.tuning\.engine: 'fused': experts of model 'm' .* 'gelu'"):
+        check_activation("r", release, {"hidden_act": "gelu"})
+    for other in ({"engine": "auto_round"}, {"iters": 0}):
+        check_activation("r", Release(model="m", scheme="NVFP4", tuning=other), {"hidden_act": "gelu"})
+    check_activation("r", Release(model="m", scheme="BF16"), {"hidden_act": "gelu"})
+
+
+def test_what_stays_along_is_told_and_patterns_are_looked_at():
+    linears = {f"model.layers.0.self_attn.{leaf}_proj": 128 for leaf in "qkvo"}
+    release = Release(model="m", scheme="W4A16", keep=["q_proj"])
+    (line,) = check_linears("r", release, linears)
+    assert line == "releases.r: 2 more Linears in BF16: fused by engines with q_proj: config: keep q_proj"
+    assert check_linears("r", Release(model="m", scheme="BF16", keep=["nothing"]), linears) == []
+    with pytest.raises(RequantError, match=r"releases\.r\.keep: 'x_proj' matches no Linear"):
+        check_linears("r", Release(model="m", scheme="W4A16", keep=["x_proj"]), linears)
+    with pytest.raises(RequantError, match=r"releases\.r: no Linear of 'm' would be quantized \(config: keep proj\)"):
+        check_linears("r", Release(model="m", scheme="W4A16", keep=["proj"]), linears)
 
 
 def test_samples_longer_than_the_context_are_refused():

@@ -53,7 +53,13 @@ CONFIG = {
     "releases": {
         "ds-nvfp4": {"model": "ds", "scheme": "NVFP4", "calibration": "small", "benchmark": "tiny"},
         "ds-w3a16": {"model": "ds", "scheme": "W3A16", "calibration": "small", "benchmark": "tiny"},
-        "qw-w3a16": {"model": "qw", "scheme": "W3A16", "calibration": "padded", "benchmark": "tiny"},
+        "qw-w3a16": {
+            "model": "qw",
+            "scheme": "W3A16",
+            "calibration": "padded",
+            "benchmark": "tiny",
+            "keep": [r"layers\.2\.mlp\.experts\.3\.", r"layers\.1\.self_attn\.q_proj"],
+        },
         "ll-nvfp4": {"model": "ll", "scheme": "NVFP4", "calibration": "small", "benchmark": "tiny"},
     },
     "build": ["ds-nvfp4", "ds-w3a16", "qw-w3a16", "ll-nvfp4"],
