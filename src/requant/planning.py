@@ -6,9 +6,12 @@ Snakemake asks for a missing file only where something has yet to be made of it;
 from collections.abc import Iterable
 from pathlib import Path
 
+from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
 from requant.hub import COMMIT
+from requant.naming import LEFT_OUT
 from requant.records import Lock
+from requant.shards import INDEX
 
 
 def check_storage(provider: str | None, shared: bool) -> None:
@@ -53,6 +56,31 @@ def check_locked_source(model: str, directory: str, lock: str, names: Iterable[s
         if not path.is_file():
             wrong = "no file" if path.exists() else "not there"
             raise RequantError(f"{path}: {wrong}; {lock} names it: make the lock anew if the source has changed")
+
+
+def check_locked_shards(checkpoint: Checkpoint, used: Iterable[str]) -> None:
+    """Raises RequantError if a model's directory has a shard of it that is not among the files `used`, by its lock."""
+    if missing := sorted(set(checkpoint.shards) - set(used)):
+        raise RequantError(
+            f"{checkpoint.directory / missing[0]}: holds tensors of the model, and its lock does not name it: make the "
+            "lock anew"
+        )
+
+
+def not_read(checkpoint: Checkpoint) -> list[str]:
+    """A line on each of a directory's weights that are not read: files that nothing names, and tensors of no module."""
+    lines = [
+        f"{checkpoint.directory / name}: not read: {INDEX} does not name it, and it is no layer for multi-token "
+        "prediction that config.json counts"
+        for name in checkpoint.unnamed
+    ]
+    strange = [name for name, reason in checkpoint.left_out.items() if reason == LEFT_OUT["no module"]]
+    if strange:
+        lines.append(
+            f"{checkpoint.directory}: {len(strange)} tensors that no module of the model has are left out, the first "
+            f"is {strange[0]}"
+        )
+    return lines
 
 
 def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None:

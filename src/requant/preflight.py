@@ -3,14 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
-from requant.architecture import block_count, family, head_width
-from requant.checkpoint import TOKENIZERS
+from requant.architecture import BLOCK_TENSOR, DRAFTING, block_count, drafting_layers, family, head_width
+from requant.carried import TOKENIZERS, check_carried
+from requant.checkpoint import Checkpoint
 from requant.config import Calibration, Release
+from requant.config_json import check_declared
 from requant.errors import RequantError, brief
 from requant.locks import check_stored
 from requant.naming import EXPERT_COUNTS, MOST_EXPERTS
 from requant.records import TensorEntry
 from requant.schemes import SCHEMES
+from requant.tokenizer import check_convertible
 
 NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 LATENT_NUMBERS = (
@@ -89,13 +92,35 @@ def check_model(where: str, config: dict[str, Any], tensors: dict[str, TensorEnt
 
     where: the directory or lock that both are from; tensors: by the names in the files.
     """
+    check_known(where, config)
+    check_stored(where, config, tensors)
+    check_outside(where, config, tensors)
+    check_behind(where, config, tensors)
+
+
+def check_known(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError if config.json alone tells that requant can't build the model, or would compute another."""
     try:
         family(config)
     except RequantError as error:
         raise RequantError(f"{where}: {error}") from None
     check_numbers(where, config)
-    check_stored(where, config, tensors)
-    check_outside(where, config, tensors)
+    check_declared(where, config)
+
+
+def check_behind(where: str, config: dict[str, Any], tensors: Iterable[str]) -> None:
+    """Raises RequantError if blocks are stored that config.json counts neither among the model's nor, behind them, as
+    layers for multi-token prediction."""
+    blocks, layers = block_count(config), drafting_layers(config)
+    stored = {int(match[1]) for name in tensors if (match := BLOCK_TENSOR.fullmatch(name))}
+    behind = sorted(block for block in stored if block >= blocks)
+    if not behind or (len(behind) <= layers and behind == list(range(blocks, blocks + len(behind)))):
+        return
+    counted = f"{blocks} blocks"
+    if config["model_type"] in DRAFTING:
+        counted += f" (num_hidden_layers) and {layers} layers for multi-token prediction (num_nextn_predict_layers)"
+    strange = next((block for block in behind if not blocks <= block < blocks + layers), behind[0])
+    raise RequantError(f"{where}: model.layers.{strange}.* is stored; config.json counts {counted}")
 
 
 def check_outside(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
@@ -121,6 +146,13 @@ def check_source(model: str, blocks: Iterable[int | None], count: int, files: It
         raise RequantError(f"models.{model}: block {missing[0]} has no tensors; config.json counts {count} blocks")
     if not set(TOKENIZERS) & set(files):
         raise RequantError(f"models.{model}: no tokenizer; expected {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}")
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raises RequantError if a file beside the weights of a checkpoint that is here can't be taken along, or no
+    tokenizer can be made of what is here."""
+    check_carried(checkpoint.directory, checkpoint.carried_files)
+    check_convertible(checkpoint)
 
 
 def widths(config: dict[str, Any]) -> dict[str, int]:

@@ -160,7 +160,7 @@ def test_a_source_that_is_quantized_otherwise_is_refused_by_name(broken, method)
     [
         ("fmt", "e5m2", "config.json: quantization_config.fmt: 'e5m2'; expected 'e4m3'"),
         ("weight_block_size", None, "quantization_config.weight_block_size: None; expected [rows, columns]"),
-        ("weight_block_size", [64, 128], "F32 [2, 2] found; expected F32 [3, 2] for a weight [192, 256]"),
+        ("weight_block_size", [64, 128], "F32 [2, 2] found; expected F32, BF16 or F16 [3, 2] for a weight [192, 256]"),
     ],
 )
 def test_an_fp8_config_that_does_not_fit_is_refused(broken, key, value, line):
@@ -179,13 +179,13 @@ def test_missing_factors_are_named(broken):
 
 @pytest.mark.parametrize(
     ("change", "found"),
-    [(lambda scales: scales[:1].clone(), r"F32 [1, 1]"), (lambda scales: scales.bfloat16(), r"BF16 [2, 1]")],
+    [(lambda scales: scales[:1].clone(), r"F32 [1, 1]"), (lambda scales: scales.double(), r"F64 [2, 1]")],
 )
 def test_factors_of_another_shape_or_type_are_refused(broken, change, found):
     folder, weight = broken
     change_tensor(folder, f"{weight}_scale_inv", change)
-    wanted = f"{weight}_scale_inv: {found} found; expected F32 [2, 1] for a weight [192, 128] in blocks of [128, 128]"
-    assert refusal(folder).startswith(f"{folder}: {wanted}")
+    wanted = f"{found} found; expected F32, BF16 or F16 [2, 1] for a weight [192, 128] in blocks of [128, 128]"
+    assert refusal(folder).startswith(f"{folder}: {weight}_scale_inv: {wanted}")
 
 
 def test_factors_of_a_weight_that_is_not_in_fp8_are_refused(broken):
@@ -196,8 +196,8 @@ def test_factors_of_a_weight_that_is_not_in_fp8_are_refused(broken):
 
 def test_other_types_are_refused(broken):
     folder, weight = broken
-    change_tensor(folder, "model.norm.weight", lambda tensor: tensor.half())
-    assert refusal(folder).startswith(f"{folder}: model.norm.weight is stored in F16; expected BF16, or F8_E4M3")
+    change_tensor(folder, "model.norm.weight", lambda tensor: tensor.short())
+    assert refusal(folder).startswith(f"{folder}: model.norm.weight is stored in I16; expected BF16, F16, F32, or")
 
 
 def test_config_and_tensors_have_to_agree_that_it_is_fp8(broken, pair, tmp_path):
