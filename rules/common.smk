@@ -67,7 +67,7 @@ from requant.planning import (
     file_rates,
     made_here,
     model_to_lock,
-    not_read,
+    remarks_on,
     text_files,
 )
 from requant.preflight import check_context, check_files, check_group, check_model, check_source
@@ -256,7 +256,7 @@ def look_beside(local, used):
     or_stop(check_files, local)
     or_stop(check_locked_shards, local, used)
     if workflow.is_main_process:
-        for line in or_stop(not_read, local):
+        for line in or_stop(remarks_on, local):
             print(f"warning: {line}", file=sys.stderr)
 
 

@@ -661,7 +661,9 @@ READ_OTHERWISE = {
 
 def main_dtype(source: SourceRecord) -> str:
     """The dtype that a source's weights are in, and a release is not: FP8 where there is any, else the most of it."""
-    return "F8_E4M3" if "F8_E4M3" in source.dtypes else max(source.dtypes, key=source.dtypes.__getitem__, default="BF16")
+    if "F8_E4M3" in source.dtypes:
+        return "F8_E4M3"
+    return max(source.dtypes, key=source.dtypes.__getitem__, default="BF16")
 
 
 def stored_otherwise(source: SourceRecord) -> str:

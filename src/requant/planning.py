@@ -67,13 +67,18 @@ def check_locked_shards(checkpoint: Checkpoint, used: Iterable[str]) -> None:
         )
 
 
-def not_read(checkpoint: Checkpoint) -> list[str]:
-    """A line on each of a directory's weights that are not read: files that nothing names, and tensors of no module."""
+def remarks_on(checkpoint: Checkpoint) -> list[str]:
+    """A line on what of a directory's weights is not read, or read otherwise than its config.json says."""
     lines = [
         f"{checkpoint.directory / name}: not read: {INDEX} does not name it, and it is no layer for multi-token "
         "prediction that config.json counts"
         for name in checkpoint.unnamed
     ]
+    if checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" in checkpoint.stored:
+        lines.append(
+            f"{checkpoint.directory}: config.json ties the head to the embedding, and a head is stored: that one is "
+            "used, and a release's config.json ties nothing"
+        )
     strange = [name for name, reason in checkpoint.left_out.items() if reason == LEFT_OUT["no module"]]
     if strange:
         lines.append(

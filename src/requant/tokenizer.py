@@ -59,6 +59,16 @@ TIKTOKEN = {
 }
 
 
+# Texts that a converted tokenizer is held against sentencepiece on.
+TRIED = (
+    "The cat sat on the mat.",
+    "  two blanks  before and  between",
+    "don't, 3.14 and 2024\n\n\tnew lines",
+    "caf\u00e9 na\u00efve \u4f60\u597d \u0434\u0430 \ud55c\uad6d \U0001f642",
+    "x = [1, 2]; // {y}",
+)
+
+
 def tokenizer_of(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer of a checkpoint: of a source, that of its release.
 
@@ -93,7 +103,7 @@ def made_files(checkpoint: Checkpoint) -> dict[str, str]:
         backend = _from_tiktoken(checkpoint, config)
     elif "tokenizer.model" in files:
         check_sentencepiece(str(checkpoint.directory))
-        backend = _loaded(checkpoint.directory, "AutoTokenizer", checkpoint.directory).backend_tokenizer
+        backend = _from_sentencepiece(checkpoint, config)
     elif "vocab.json" in files:
         return {}
     else:
@@ -162,6 +172,57 @@ def _generic(config: dict[str, Any]) -> dict[str, Any]:
 
 def _text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _from_sentencepiece(checkpoint: Checkpoint, config: dict[str, Any]) -> Any:
+    """The `tokenizers.Tokenizer` of a sentencepiece model, which reads text as sentencepiece does.
+
+    transformers 5 takes the pieces over. It leaves out the model's own normalization, drops characters that there is no
+    piece for, and for a class that it does not know puts no blank before the first word. `legacy: false` in
+    tokenizer_config.json asks for its way with blanks: one before text that begins with none, none behind special
+    tokens.
+    """
+    import sentencepiece
+
+    path = checkpoint.directory / "tokenizer.model"
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # RuntimeError, OSError and TypeError are known
+        raise RequantError(f"{path}: {plain(error)}; expected a sentencepiece model") from None
+    backend = _loaded(checkpoint.directory, "LlamaTokenizer", checkpoint.directory).backend_tokenizer
+    if model.unk_id() >= 0:
+        backend.model.unk_token = model.id_to_piece(model.unk_id())
+    legacy = bool(config.get("legacy", True))
+    backend.normalizer = _normalizer(path, legacy)
+    if legacy:
+        backend.pre_tokenizer = None
+    for text in TRIED if legacy else (text for text in TRIED if not text.startswith(" ")):
+        found, wanted = backend.encode(text, add_special_tokens=False).ids, model.encode(text)
+        if found != wanted:
+            raise RequantError(
+                f"{path}: converted, {brief(text)} is {brief(found)}; sentencepiece reads {brief(wanted)}: save a "
+                "tokenizer.json beside it with the maker's code"
+            )
+    return backend
+
+
+def _normalizer(path: Path, blanks: bool) -> Any:
+    """What a sentencepiece model does to text before it looks for pieces; to its blanks only if asked for."""
+    from tokenizers import Regex, normalizers
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    proto = import_protobuf().ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    spec, parts = proto.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        parts.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        parts += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if blanks and spec.add_dummy_prefix:
+        parts.append(normalizers.Prepend("▁"))
+    if blanks:
+        parts.append(normalizers.Replace(" ", "▁"))
+    return normalizers.Sequence(parts)
 
 
 def _from_tiktoken(checkpoint: Checkpoint, config: dict[str, Any]) -> Any:
