@@ -196,7 +196,7 @@ def pack_first(
 def _drafting(checkpoint: Checkpoint, dropped: set[str]) -> str:
     """What became of the source's layers for multi-token prediction."""
     blocks = checkpoint.config["num_hidden_layers"]
-    if not any(is_drafting(name, blocks) for name in checkpoint.stored):
+    if not any(is_drafting(name, blocks) for name in checkpoint.stored.keys() - checkpoint.left_out.keys()):
         return "none"
     return "dropped" if dropped or checkpoint.view else "kept"
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from requant.architecture import BLOCK_TENSOR, DRAFTING, block_count, drafting_layers, family, head_width
+from requant.architecture import BLOCK_TENSOR, DRAFTING, DRAFTING_KEYS, block_count, drafting_layers, family, head_width
 from requant.carried import TOKENIZERS, check_carried
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, Release
 from requant.config_json import check_declared
 from requant.errors import RequantError, brief
 from requant.locks import check_stored
-from requant.naming import EXPERT_COUNTS, MOST_EXPERTS
+from requant.naming import EXPERT_COUNTS, MOST_EXPERTS, left_out
 from requant.records import TensorEntry
 from requant.schemes import SCHEMES
 from requant.tokenizer import check_convertible
@@ -45,7 +45,7 @@ OPTIONAL_NUMBERS = {
     "num_experts_per_tok": MOST_EXPERTS,
     "n_group": MOST_EXPERTS,
     "topk_group": MOST_EXPERTS,
-    "num_nextn_predict_layers": 100,
+    **dict.fromkeys(DRAFTING_KEYS, 100),
 } | dict.fromkeys(EXPERT_COUNTS, MOST_EXPERTS)
 
 
@@ -112,7 +112,9 @@ def check_behind(where: str, config: dict[str, Any], tensors: Iterable[str]) -> 
     """Raises RequantError if blocks are stored that config.json counts neither among the model's nor, behind them, as
     layers for multi-token prediction."""
     blocks, layers = block_count(config), drafting_layers(config)
-    stored = {int(match[1]) for name in tensors if (match := BLOCK_TENSOR.fullmatch(name))}
+    names = set(tensors)
+    names -= left_out(names).keys()
+    stored = {int(match[1]) for name in names if (match := BLOCK_TENSOR.fullmatch(name))}
     behind = sorted(block for block in stored if block >= blocks)
     if not behind or (len(behind) <= layers and behind == list(range(blocks, blocks + len(behind)))):
         return

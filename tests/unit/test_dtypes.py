@@ -10,6 +10,7 @@ from bad_input import refused
 from safetensors.torch import load_file, save_file
 
 from requant.architecture import block_of
+from requant.benchmark import _whole_model
 from requant.chain import embed, run_reference_block
 from requant.checkpoint import Checkpoint
 from requant.config import Target, Tuning
@@ -229,6 +230,16 @@ def test_blocks_compute_alike_whatever_the_files_dtype_is(tmp_path):
     tokens = torch.arange(3, 40)[None]
     ours, theirs = (StreamedModel(Checkpoint(folder)).logits_of(tokens) for folder in (wide, plain))
     assert torch.equal(ours, theirs)
+
+
+def test_the_arithmetic_of_a_rounded_source_is_told(tmp_path):
+    told = {case: _whole_model(Checkpoint(make_source(tmp_path / case, case)), "cpu")[1] for case in list(STORED)[:2]}
+    assert told == {
+        "all F32": "F32 weights rounded to BF16, BF16 activations",
+        "all F16": "F16 weights rounded to BF16, BF16 activations",
+    }
+    other = make_source(tmp_path / "other", "F32 norms and head")
+    assert _whole_model(Checkpoint(other), "cpu")[1] == "BF16 weights and activations"
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
