@@ -432,7 +432,9 @@ def with_checks(wildcards, names):
 def tokenizer_files(wildcards):
     """Tokenizer and config of the source, and the records of their check."""
     described = ("config.json", INDEX, *TOKENIZER_FILES)
-    return with_checks(wildcards, [name for name in checkpoint_plan(model_of(wildcards))[2] if name in described])
+    return with_checks(
+        wildcards, [name for name in checkpoint_plan(model_of(wildcards))[2] if name in described]
+    )
 
 
 def carried_names(wildcards):

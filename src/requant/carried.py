@@ -60,6 +60,11 @@ def is_carried(name: str) -> bool:
     return name in TOKENIZER_FILES or name in PROCESSOR_FILES or _is_licence(name)
 
 
+def is_read(name: str) -> bool:
+    """Whether engines and tokenizers read a carried file of this name: all but licences."""
+    return is_carried(name) and ("/" in name or name in (*TOKENIZER_FILES, *PROCESSOR_FILES))
+
+
 def _is_licence(name: str) -> bool:
     suffix = PurePosixPath(name).suffix
     return LICENCE.fullmatch(name) is not None and (

@@ -1,4 +1,4 @@
-"""A model as makers publish them, with much at once that transformers would not save so, from its lock to its card."""
+"""A model as makers publish them, with much at once that transformers would not save so, built to its card."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from requant.checkpoint import INDEX, Checkpoint
-from requant.records import DeployRecord, Lock, PackRecord, SourceRecord, VerifyRecord, read_json
+from requant.records import DeployRecord, PackRecord, SourceRecord, VerifyRecord, read_json
 from requant.tokenizer import tokenizer_of
 
 FOLDER, RELEASE = "models/kimi", "kimi-w4"
@@ -46,7 +46,7 @@ def write_model(build: Build) -> None:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Build:
-    """The model, locked, and the card of its release."""
+    """The model, and the config of its release."""
     import base64
 
     build = Build(tmp_path_factory.mktemp("published"))
@@ -75,7 +75,6 @@ def build(tmp_path_factory) -> Build:
         "build": [RELEASE],
     }
     (build.directory / "mine.yaml").write_text(yaml.safe_dump(config))
-    build.run("lock", "--config", "model=kimi")
     return build
 
 
@@ -95,11 +94,10 @@ def test_it_is_built_served_and_described(build, said):
     pack = read_json(results / RELEASE / "pack.json", PackRecord)
     assert pack.multi_token_prediction == "none" and pack.tokenizer_from == "tiktoken.model"
     assert pack.tensors_left_out.keys() == {BUFFER, TOWER}
-    lock = read_json(build.directory / "locks/kimi.json", Lock)
-    assert tiny.BESIDE.keys() <= lock.files.keys() & pack.files.keys()
+    assert tiny.BESIDE.keys() <= pack.files.keys()
     source = read_json(results / "source/kimi/source.json", SourceRecord)
     behind = ["README.md", "consolidated.safetensors", "figures/", "tokenization_kimi.py", "tool_parser.py"]
-    assert source.files_left_behind == lock.left_behind == behind
+    assert source.files_left_behind == behind
     assert source.tensors_left_out == pack.tensors_left_out and source.architecture == "DeepseekV3ForCausalLM"
 
 
@@ -139,12 +137,11 @@ def test_what_stays_behind_is_told_once_at_planning_in_the_job_and_on_the_card(b
 
 def test_a_changed_licence_is_packed_anew_and_nothing_else_is_made_again(build, said):
     assert build.planned("model_card.md") == {}
-    (build.directory / FOLDER / "additional_chat_templates/tool_use.jinja").write_text("another template")
-    (build.directory / "locks/kimi.json").unlink()
-    jobs = build.planned("results/kimi-w4/pack.json")
-    assert jobs == {"source_file": 1, "source": 1, "pack": 1} or (
-        "pack" in jobs and not {"calibrate", "reference", "quantize"} & jobs.keys()
-    )
+    template = build.directory / FOLDER / "additional_chat_templates/tool_use.jinja"
+    template.write_text("another template")
+    assert build.planned("results/kimi-w4/pack.json") == {"source_file": 1, "source": 1, "pack": 1}
+    template.write_text(tiny.BESIDE["additional_chat_templates/tool_use.jinja"])
+    assert build.planned("model_card.md") == {}, "it is as it was checked, whatever its time says"
 
 
 @pytest.mark.parametrize(
