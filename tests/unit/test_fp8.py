@@ -87,6 +87,31 @@ def test_the_checkpoint_reads_as_the_same_model_in_bf16(pair):
         assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_may_be_in_other_types_and_are_exact(broken, dtype):
+    """BF16 as Qwen3's: planned, counted and decoded by the value that is stored."""
+    folder, weight = broken
+    stored = Checkpoint(folder).stored
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        change_tensor(folder, name, lambda scales: (scales * 1.003).to(dtype))
+    check_stored(folder, Checkpoint(folder).config, tensors_of(str(folder)))
+    source = Checkpoint(folder)
+    for name in (weight, "model.layers.1.mlp.experts.3.down_proj.weight"):
+        scales = load_file(folder / source.stored[f"{name}_scale_inv"])[f"{name}_scale_inv"]
+        assert scales.dtype == dtype
+        assert torch.equal(source.read([name])[name], tiny.plain_decoding(read_raw(source, name), scales.float()))
+    record = source_record("tiny", folder, None, {})
+    assert sum(record.dtypes.values()) == record.parameters and "F16" not in record.dtypes
+
+
+def test_a_quantization_under_its_earlier_name_is_refused_too(broken):
+    folder = broken[0]
+    config = json.loads((folder / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config") | {"quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "compression_config.quant_method: 'compressed-tensors'; expected 'fp8'" in refusal(folder)
+
+
 def read_raw(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return load_file(checkpoint.directory / checkpoint.stored[name])[name]
 
