@@ -78,12 +78,12 @@ def left_out(stored: Iterable[str]) -> dict[str, str]:
     Names are those of weights: `fp8.without_scales` comes first. What is in a block is part of it, known or not.
     """
     found = {}
-    for name in sorted(stored):
-        if BUFFERS.fullmatch(name):
+    for name in stored:
+        if "rotary_emb." in name and BUFFERS.fullmatch(name):
             found[name] = LEFT_OUT["buffer"]
         elif name not in OUTSIDE and BLOCK_TENSOR.fullmatch(name) is None:
             found[name] = LEFT_OUT["no module"]
-    return found
+    return dict(sorted(found.items()))
 
 
 def places(stored: Iterable[str], config: dict[str, Any]) -> dict[str, Place]:
