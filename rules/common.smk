@@ -24,6 +24,7 @@ sys.setrecursionlimit(20_000)
 from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
 from requant.buildlock import drop_stale_locks, other_build
+from requant.carried import TEMPLATES, TOKENIZER_FILES, carried
 from requant.checkpoint import INDEX, Checkpoint
 from requant.clock import check_times
 from requant.config import PUBLIC, parse as parse_config, verify_limits
@@ -61,16 +62,19 @@ from requant.planning import (
     check_bucket_model,
     check_chat_template,
     check_hub_model,
+    check_locked_shards,
     check_locked_source,
     check_storage,
     file_rates,
     made_here,
     model_to_lock,
+    remarks_on,
     text_files,
 )
 from requant.preflight import (
     check_activation,
     check_context,
+    check_files,
     check_group,
     check_linears,
     check_model,
@@ -109,7 +113,7 @@ wildcard_constraints:
     target=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     task=r"[A-Za-z0-9][A-Za-z0-9_-]*",
     block=r"\d+",
-    file=r"[^/]+",
+    file=rf"({TEMPLATES}/)?[^/]+",
 
 
 def or_stop(function, *arguments):
@@ -253,12 +257,26 @@ def checkpoint_plan(model):
         if model != config.get("model"):  # a lock that is made anew may be of other files
             if not is_remote(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
+                look_beside(or_stop(Checkpoint, source_dir(model)), lock.files)
             or_stop(check_model, path, lock.config, lock.tensors)
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
     local = or_stop(Checkpoint, source_dir(model))
     tensors = or_stop(tensors_of, source_dir(model))
     or_stop(check_model, source_dir(model), local.config, tensors)
+    look_beside(local, local.files)
     return local.config, {name: entry.shard for name, entry in tensors.items()}, local.files
+
+
+def look_beside(local, used):
+    """Stops the planning if a file beside a model's weights can't be taken along; warns of weights that are not read.
+
+    used: the files that a build uses, by a lock or by what is there.
+    """
+    or_stop(check_files, local)
+    or_stop(check_locked_shards, local, used)
+    if workflow.is_main_process:
+        for line in or_stop(remarks_on, local):
+            print(f"warning: {line}", file=sys.stderr)
 
 
 @cache
@@ -425,10 +443,28 @@ def source_config(wildcards):
     return by_content(model_of(wildcards), "config.json")
 
 
+def with_checks(wildcards, names):
+    """Files of the source, and the records of their check."""
+    return [by_content(model_of(wildcards), name) for name in names] + checks(wildcards, names)
+
+
 def tokenizer_files(wildcards):
     """Tokenizer and config of the source, and the records of their check."""
-    names = [name for name in checkpoint_plan(model_of(wildcards))[2] if not name.endswith(".safetensors")]
-    return [by_content(model_of(wildcards), name) for name in names] + checks(wildcards, names)
+    described = ("config.json", INDEX, *TOKENIZER_FILES)
+    return with_checks(
+        wildcards, [name for name in checkpoint_plan(model_of(wildcards))[2] if name in described]
+    )
+
+
+def carried_names(wildcards):
+    """The names of the source's files that a release takes along: of a locked model those of the lock."""
+    return carried(checkpoint_plan(model_of(wildcards))[2])
+
+
+def carried_files(wildcards):
+    """What a release takes along of the source beside its weights, config and index, and the records of their check."""
+    described = {"config.json", INDEX} & set(checkpoint_plan(model_of(wildcards))[2])
+    return with_checks(wildcards, sorted({*carried_names(wildcards), *described}))
 
 
 # Pruned models

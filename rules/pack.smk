@@ -13,7 +13,7 @@ rule pack:
         records=block_records,
         keep=keep_list,
         source=all_shards,
-        tokenizer=tokenizer_files,
+        beside=carried_files,
     output:
         config="results/{release}/model/config.json",
         index="results/{release}/model/model.safetensors.index.json",
@@ -33,5 +33,6 @@ rule pack:
         model=model_of,
         scheme=scheme_of_release,
         mtp=mtp_of_release,
+        carried=carried_names,
     script:
         "../scripts/pack.py"

@@ -21,6 +21,7 @@ with job(snakemake.log[0], snakemake.input):
         Path(snakemake.output.record),
         snakemake.params.mtp,
         read_keep(snakemake.input.keep),
+        snakemake.params.carried,
     )
     bits = record.bits_per_quantized_weight
     progress(

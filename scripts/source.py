@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from requant.carried import name_of_record
 from requant.jobs import job, progress
 from requant.locks import load_lock, source_record
 from requant.records import CheckedFile, read_json, write_json
@@ -12,7 +13,15 @@ if TYPE_CHECKING:
 
 with job(snakemake.log[0], snakemake.input):
     lock = load_lock(snakemake.input.lock[0]) if snakemake.input.lock else None
-    files = {Path(path).name.removesuffix(".json"): read_json(path, CheckedFile) for path in snakemake.input.files}
+    folder = Path(snakemake.output.record).parent / "files"
+    files = {name_of_record(path, folder): read_json(path, CheckedFile) for path in snakemake.input.files}
     record = source_record(snakemake.wildcards.model, snakemake.params.path, lock, files)
     write_json(snakemake.output.record, record)
     progress(f"{record.model}: {record.parameters} parameters in {record.tensors} tensors, {record.blocks} blocks")
+    if record.files_left_behind:
+        progress(f"{record.model}: not carried along: {', '.join(record.files_left_behind)}")
+    if record.tensors_left_out:
+        some = next(iter(record.tensors_left_out))
+        progress(
+            f"{record.model}: {len(record.tensors_left_out)} tensors are no part of the model, the first is {some}"
+        )

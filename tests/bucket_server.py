@@ -79,9 +79,9 @@ class BucketServer:
         self.server.server_close()
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """Puts the files of a folder under a prefix."""
-        for path in folder.iterdir():
-            boto3.client("s3").upload_file(str(path), BUCKET, f"{prefix}/{path.name}")
+        """Puts the files of a folder, and of those in it, under a prefix."""
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            boto3.client("s3").upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
 
     def keys(self, prefix: str) -> set[str]:
         found = boto3.client("s3").list_objects_v2(Bucket=BUCKET, Prefix=prefix)

@@ -192,6 +192,31 @@ def write_fp8(source: Path, directory: Path, decoded: Path | None = None) -> Pat
     return directory
 
 
+BESIDE = {
+    "LICENSE": "do what you like\n",
+    "NOTICE.txt": "made of noise\n",
+    "chat_template.json": '{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}\n',
+    "additional_chat_templates/tool_use.jinja": "{{ messages[0].content }}",
+    "preprocessor_config.json": "{}\n",
+}
+LEFT_BEHIND = {"README.md": "# a model\n", "tool_parser.py": "raise SystemExit\n", "figures/scores.png": "no picture\n"}
+
+
+def add_beside(directory: Path) -> None:
+    """Adds files beside the weights: those of BESIDE go along with a release, those of LEFT_BEHIND do not."""
+    for name, text in (BESIDE | LEFT_BEHIND).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+
+
+def forget_mtp(directory: Path) -> None:
+    """Takes the layer for multi-token prediction out of the index, which leaves mtp.safetensors without a name."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != "mtp.safetensors"}
+    path.write_text(json.dumps(index))
+
+
 def edit_config(directory: Path, **changes) -> None:
     """Changes keys of config.json."""
     path = directory / "config.json"

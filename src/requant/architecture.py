@@ -18,6 +18,21 @@ FAMILIES = {
     "qwen3_moe": "qwen3_moe",
 }
 
+# The class that a release of a family names, by the transformers model_type of its code: what engines load it by.
+CAUSAL_CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+# Families whose makers store layers for multi-token prediction behind the blocks, and the keys that count them.
+DRAFTING = ("deepseek_v3", "deepseek_v32", "glm4_moe", "kimi_k2")
+DRAFTING_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
+
 MOST_BLOCKS = 1000  # several times those of any model there is; each is a job
 BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -60,6 +75,19 @@ def block_count(config: dict[str, Any]) -> int:
             f"config.json: num_hidden_layers: {brief(count)}; expected a number of 1 or more, at most {MOST_BLOCKS}"
         )
     return count
+
+
+def drafting_layers(config: dict[str, Any]) -> int:
+    """Layers for multi-token prediction that config.json counts behind the blocks; 0 for a family that has none."""
+    if config.get("model_type") not in DRAFTING:
+        return 0
+    count = next((config[key] for key in DRAFTING_KEYS if config.get(key) is not None), 0)
+    return count if type(count) is int else 0
+
+
+def without_drafting(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the model without multi-token prediction."""
+    return config | {key: 0 for key in DRAFTING_KEYS if config.get(key)}
 
 
 def head_width(config: dict[str, Any]) -> int:

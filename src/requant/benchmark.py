@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from requant import fp8
 from requant.config import Benchmark
+from requant.dtypes import main_dtype
 from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes, progress
 from requant.records import BenchmarkRecord, Score, read_json, write_json
@@ -261,9 +262,14 @@ def _whole_model(checkpoint: "Checkpoint", device: str) -> tuple[Any, str]:
 
     scheme = getattr(checkpoint, "scheme", None)
     if scheme is None or not scheme.quantizes:
-        in_fp8 = fp8.block_size(checkpoint.config) is not None
-        arithmetic = "FP8 weights decoded to BF16, BF16 activations" if in_fp8 else "BF16 weights and activations"
-        return StreamedModel(checkpoint, device).whole(), arithmetic
+        model = StreamedModel(checkpoint, device)
+        main = main_dtype(checkpoint.described(checkpoint.in_blocks(0, model.blocks)).values())
+        arithmetic = "BF16 weights and activations"
+        if fp8.block_size(checkpoint.config) is not None:
+            arithmetic = "FP8 weights decoded to BF16, BF16 activations"
+        elif main != "BF16":
+            arithmetic = f"{main} weights rounded to BF16, BF16 activations"
+        return model.whole(), arithmetic
     weights = f"{scheme.name} weights decoded to BF16"
     if not scheme.quantizes_activations:
         return StreamedModel(checkpoint, device).whole(), f"{weights}, BF16 activations"

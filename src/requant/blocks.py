@@ -6,12 +6,9 @@ import torch
 from torch import nn
 
 from requant.architecture import family
+from requant.config_json import DROPPED
+from requant.dtypes import CORRECTION_BIAS
 from requant.errors import RequantError
-
-# Keys of config.json that are not of the model: how files store it, and code that comes with them.
-NOT_FOR_TRANSFORMERS = ("quantization_config", "auto_map")
-# What transformers keeps in float32 in a BF16 model.
-FLOAT32_TENSOR = "e_score_correction_bias"
 
 
 def model_config(config: dict[str, Any]):
@@ -19,7 +16,7 @@ def model_config(config: dict[str, Any]):
     from transformers import CONFIG_MAPPING
 
     model_type = family(config)
-    plain = {key: value for key, value in config.items() if key not in NOT_FOR_TRANSFORMERS}
+    plain = {key: value for key, value in config.items() if key not in DROPPED}
     return CONFIG_MAPPING[model_type].from_dict(plain | {"model_type": model_type})
 
 
@@ -100,7 +97,7 @@ def _spell_out_mask(block: nn.Module, inputs: tuple, kwargs: dict) -> tuple[tupl
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
-    """Gives a meta-device module its tensors: BF16, but for those that transformers keeps in float32.
+    """Gives a meta-device module its tensors to compute with: BF16, but for a router's correction bias, in float32.
 
     Raises RequantError naming the first tensor that is missing, unknown or of another shape.
     """
@@ -119,4 +116,4 @@ def fill(module: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.M
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.float32 if name.endswith(FLOAT32_TENSOR) else torch.bfloat16
+    return torch.float32 if name.endswith(CORRECTION_BIAS) else torch.bfloat16

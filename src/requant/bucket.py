@@ -39,6 +39,10 @@ class Folder:
             raise RequantError(f"{url}: no address in a bucket; expected s3://BUCKET/PREFIX")
         return cls(found["bucket"], found["prefix"] or "")
 
+    def below(self, name: str) -> "Folder":
+        """What is under `name` in it."""
+        return Folder(self.bucket, self.key(name))
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
@@ -129,6 +133,7 @@ class BucketModel:
 
     def put(self, name: str) -> None:
         """Moves a checked file to its place."""
+        self.place(name).parent.mkdir(exist_ok=True)
         os.replace(self.partial(name), self.place(name))
 
 

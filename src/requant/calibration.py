@@ -15,7 +15,7 @@ import numpy as np
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, TextSource, source_name
 from requant.documents import read_documents, remarks
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 from requant.hashing import file_entry
 from requant.jobs import progress
 from requant.records import CalibrationRecord, TextSourceRecord, TokenSetRecord, write_json
@@ -127,6 +127,32 @@ def tokenize(tokenizer, texts: list[str]) -> list[list[int]]:
     return [begin + ids + end for ids in encoded]
 
 
+def check_tokens(where: str, vocabulary: int, tokenizer) -> None:
+    """Raises RequantError if a token that frames or pads text, or that the chat template writes, has no embedding.
+
+    Tokens beyond the embedding that nothing uses are let be: makers add them for later.
+    """
+    used = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    if tokenizer.chat_template:
+        used["chat template"] = max(_template_tokens(tokenizer), default=None)
+    for name, token in used.items():
+        if token is not None and token >= vocabulary:
+            raise RequantError(
+                f"{where}: the tokenizer's {name}: token {token}, {brief(tokenizer.convert_ids_to_tokens(token))}; "
+                f"config.json has a vocabulary of {vocabulary}: expected the tokenizer that the model was trained with"
+            )
+
+
+def _template_tokens(tokenizer) -> list[int]:
+    """The tokens of a short exchange as the chat template writes it; none if it takes other messages."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program, and may want roles, tools or texts of its own
+        return []
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def make_token_sets(
     model: str,
     source: str | Path,
@@ -144,11 +170,8 @@ def make_token_sets(
     checkpoint = Checkpoint(source)
     tokenizer = checkpoint.tokenizer()
     vocabulary = checkpoint.config.get("vocab_size")
-    if vocabulary is not None and len(tokenizer) > vocabulary:
-        raise RequantError(
-            f"{source}: a tokenizer of {len(tokenizer)} tokens found; config.json has a vocabulary of {vocabulary}: "
-            "expected the tokenizer that the model was trained with"
-        )
+    if vocabulary is not None:
+        check_tokens(str(source), vocabulary, tokenizer)
     held_sources = calibration.heldout.sources
     texts = [(text, read_documents(text)) for text in calibration.sources]
     if held_sources is None:
@@ -165,7 +188,8 @@ def make_token_sets(
     largest = max(int(found.tokens.max()) for found in sets.values())
     if vocabulary is not None and largest >= vocabulary:
         raise RequantError(
-            f"{source}: the tokenizer gives token {largest}; config.json has a vocabulary of {vocabulary}"
+            f"{source}: the tokenizer gives token {largest} for these texts; config.json has a vocabulary of "
+            f"{vocabulary}: expected the tokenizer that the model was trained with"
         )
     warned = (f"{text.path}: {remark}" for found in sets.values() for text in found.sources for remark in text.remarks)
     for line in dict.fromkeys(warned):
@@ -173,7 +197,7 @@ def make_token_sets(
     tensors = {part: torch.from_numpy(found.tokens) for part, found in sets.items()}
     tensors |= {f"{part}_mask": torch.from_numpy(found.mask) for part, found in sets.items()}
     save(out_tokens, tensors)
-    files = [checkpoint.directory / name for name in checkpoint.carried_files]
+    files = [checkpoint.directory / name for name in checkpoint.tokenizer_files]
     record = CalibrationRecord(
         model=model,
         calibration=name,

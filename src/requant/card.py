@@ -652,6 +652,37 @@ def stored_as(dtypes: dict[str, int]) -> str:
     return "; ".join(f"{dtype} {wording.number(count)}" for dtype, count in most_first)
 
 
+READ_OTHERWISE = {
+    "F8_E4M3": ", in BF16 what the source has in FP8",
+    "F16": ", rounded once to BF16 what the source has in F16",
+    "F32": ", rounded once to BF16 what the source has in F32",
+}
+
+
+def main_dtype(source: SourceRecord) -> str:
+    """The dtype that a source's weights are in, and a release is not: FP8 where there is any, else the most of it."""
+    if "F8_E4M3" in source.dtypes:
+        return "F8_E4M3"
+    return max(source.dtypes, key=source.dtypes.__getitem__, default="BF16")
+
+
+def stored_otherwise(source: SourceRecord) -> str:
+    """What is said of the size of a source that is not in BF16."""
+    dtype = main_dtype(source)
+    return f", stored in {dtype.replace('F8_E4M3', 'FP8')}," if dtype in READ_OTHERWISE else ""
+
+
+def read_otherwise(source: SourceRecord) -> str:
+    """What became of tensors that a release has otherwise than the source's files."""
+    return READ_OTHERWISE.get(main_dtype(source), "")
+
+
+def left_out_texts(tensors: dict[str, str]) -> list[str]:
+    """Stored tensors that are no part of the model, the same place in every block together: how many, and why."""
+    counts = Counter((linear_pattern(name), reason) for name, reason in tensors.items())
+    return [f"{wording.number(count)} `{wording.cell(name)}` ({reason})" for (name, reason), count in counts.items()]
+
+
 _FILTERS = (
     wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
@@ -659,7 +690,7 @@ _FILTERS = (
     scheme_text, weight_bits, made, stored_as, rebuild_command, linear_table, tuning_table, lowered,
     tuned, tuning_effect, pruned_models, kept_shares, rival_table, variant_table, method_text, observe_text,
     expert_loads, worst_tensors, score_table, benchmark_groups, recoveries, trial_rows, wall_time, peak_memory,
-    calibrations, sources, *card_serving.FILTERS,
+    calibrations, sources, stored_otherwise, read_otherwise, left_out_texts, *card_serving.FILTERS,
 )  # fmt: skip
 
 

@@ -1,33 +1,23 @@
 """A checkpoint directory as Hugging Face lays it out: config, tokenizer, safetensors shards and their index."""
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant import fp8
-from requant.errors import RequantError, brief, plain
-from requant.naming import Place, entries, places
+from requant.architecture import block_of
+from requant.carried import TOKENIZER_FILES, carried_in, left_behind, names_in
+from requant.errors import RequantError, brief
+from requant.naming import Place, entries, left_out, places
 from requant.records import KeepList, TensorEntry
 from requant.safetensors_io import read_header, read_slices
+from requant.shards import INDEX, only_shard, unnamed, with_drafting
 from requant.untrusted import is_file_name, is_tensor_name, read_json_object
 from requant.view import View
 
 if TYPE_CHECKING:
     import torch
-
-INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is enough
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Checkpoint:
@@ -74,27 +64,48 @@ class Checkpoint:
         rows = self.view.rows(name)
         return entry if rows is None else entry.model_copy(update={"shape": [len(rows), *entry.shape[1:]]})
 
+    def described(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """The tensors `names` of the model, from the headers of the shards that hold one of them and of no others."""
+        wanted = set(names)
+        found: dict[str, TensorEntry] = {}
+        for shard in sorted({self.index[name] for name in wanted}):
+            found |= read_header(self.directory / shard)
+        return {name: entry for name, entry in self.entries(found).items() if name in wanted}
+
+    def in_blocks(self, first: int, last: int) -> list[str]:
+        """The names of the model's tensors in blocks `first` to `last`, the last one not counted."""
+        return [name for name in self.index if (found := block_of(name, last)) is not None and found >= first]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Names of stored tensors that are no part of the model, each with the reason (`naming.left_out`)."""
+        return left_out(fp8.without_scales(self.stored))
+
     @cached_property
     def stored(self) -> dict[str, str]:
-        """The shard file of each tensor, by the names in the files."""
-        return self.stored_index()
+        """The shard file of each tensor, by the names in the files; of all that is stored, part of the model or not.
+
+        Raises RequantError if the index names a shard by a path, or if nothing says which files hold the model
+        (`shards`).
+        """
+        files = [path.name for path in self.directory.iterdir()]
+        if INDEX in files:
+            found = self.stored_index()
+        else:
+            pickled = sorted(name for name in files if name.endswith(".bin"))
+            beside = f", but {pickled[0]}: pickled weights are not read, for that would run code" if pickled else ""
+            shard = only_shard(str(self.directory), files, beside)
+            found = dict.fromkeys(read_header(self.directory / shard), shard)
+        return with_drafting(self.stored_config, found, files, lambda shard: read_header(self.directory / shard))
+
+    @property
+    def unnamed(self) -> list[str]:
+        """The safetensors files in the directory that are not read (`shards`)."""
+        return unnamed((path.name for path in self.directory.iterdir()), self.stored)
 
     def stored_index(self) -> dict[str, str]:
-        """The shard file of each tensor, by the names in the files.
-
-        Raises RequantError if the index names a shard by a path, or if there is neither an index nor a single shard.
-        """
-        if (self.directory / INDEX).exists():
-            return self._checked_index(self._json(INDEX).get("weight_map"))
-        shards = sorted(self.directory.glob("*.safetensors"))
-        if len(shards) != 1:
-            pickled = sorted(path.name for path in self.directory.glob("*.bin")) if not shards else []
-            beside = f", but {pickled[0]}: pickled weights are not read, for that would run code" if pickled else ""
-            raise RequantError(
-                f"{self.directory}: {len(shards)} safetensors files and no {INDEX}{beside}; "
-                "expected an index, or one file"
-            )
-        return dict.fromkeys(read_header(shards[0]), shards[0].name)
+        """The shard file of each tensor as the index has it. RequantError if it is none, or names a shard by a path."""
+        return self._checked_index(self._json(INDEX).get("weight_map"))
 
     def _checked_index(self, weight_map: Any) -> dict[str, str]:
         path = self.directory / INDEX
@@ -118,14 +129,23 @@ class Checkpoint:
 
     @property
     def carried_files(self) -> list[str]:
-        """Tokenizer and generation files that a release takes along unchanged."""
-        return [name for name in TOKENIZER_FILES if (self.directory / name).exists()]
+        """Files beside the weights that a release takes along unchanged (`carried`)."""
+        return carried_in(self.directory)
+
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """Those of them that text becomes tokens by."""
+        return [name for name in self.carried_files if name in TOKENIZER_FILES]
 
     @property
     def files(self) -> list[str]:
         """Names of the files that a build uses, sorted: config.json, shards, their index, and what is carried along."""
         index = [INDEX] if (self.directory / INDEX).exists() else []
         return sorted(["config.json", *self.carried_files, *index, *self.shards])
+
+    def left_behind(self, used: Iterable[str] | None = None) -> list[str]:
+        """What is in the directory besides the files `used`, by default `files`; a folder ends in `/`."""
+        return left_behind(names_in(self.directory), self.files if used is None else used)
 
     def read(self, names: list[str], device: "str | torch.device" = "cpu") -> dict[str, "torch.Tensor"]:
         """The tensors `names`: FP8 weights decoded to BF16, others as they are stored, stacked ones one by one.
@@ -148,12 +168,13 @@ class Checkpoint:
         return found
 
     def _check_finite(self, name: str, tensor: "torch.Tensor") -> None:
-        """Raises RequantError naming the tensor if a value of it is NaN or infinite. One pass, nothing is copied."""
+        """Raises RequantError naming the tensor if a value of it is NaN or infinite, or too large for BF16, which F32
+        reaches beyond by a little. One pass, nothing is copied."""
         if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
             return
-        low, high = tensor.aminmax()
+        low, high = (peak.bfloat16() for peak in tensor.aminmax())
         if not bool(low.isfinite() & high.isfinite()):
-            bad = int((~tensor.isfinite()).sum())
+            bad = int((~tensor.bfloat16().isfinite()).sum())
             raise RequantError(
                 f"{self.directory}: {name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite ones"
             )
@@ -163,12 +184,7 @@ class Checkpoint:
         return tensor if rows is None else tensor[rows]
 
     def tokenizer(self):
-        """The checkpoint's tokenizer. RequantError if its files are missing, or transformers makes none of them."""
-        from transformers import AutoTokenizer
+        """The checkpoint's transformers tokenizer (`tokenizer.tokenizer_of`)."""
+        from requant.tokenizer import tokenizer_of
 
-        if not any((self.directory / name).exists() for name in TOKENIZERS):
-            raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
-        try:
-            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise RequantError(f"{self.directory}: no tokenizer can be made of its files: {plain(error)}") from error
+        return tokenizer_of(self)

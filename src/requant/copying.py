@@ -26,13 +26,15 @@ def copy_block(
 ) -> CopiedBlock:
     """Writes the tensors of block `block` of the model in `source`, and their record.
 
-    keep: the experts that a pruned model has of the source. FP8 weights are decoded to BF16; stacked experts become
-    tensors of their own. Raises RequantError naming the tensors that the block lacks or has too many.
+    keep: the experts that a pruned model has of the source. They are the file's own bytes, but as `dtypes` has it: FP8
+    weights are decoded to BF16; stacked experts become tensors of their own. Raises RequantError naming the tensors
+    that the block lacks or has too many.
     """
     start = time.monotonic()
     model, prefix = StreamedModel(Checkpoint(source, keep)), f"model.layers.{block}."
-    tensors = model.block(block).state_dict()
-    save(out_block, {released_name(prefix + name, model.checkpoint.config): t for name, t in tensors.items()})
+    tensors = {prefix + name: tensor for name, tensor in model.block(block).state_dict().items()}
+    tensors = model.as_released(block, tensors, tensors)
+    save(out_block, {released_name(name, model.checkpoint.config): tensor for name, tensor in tensors.items()})
     record = CopiedBlock(
         release=release,
         block=block,

@@ -6,6 +6,7 @@ Arithmetic on config.json and the config alone, without torch: it runs whenever 
 from collections.abc import Iterable
 from typing import Any
 
+from requant.architecture import without_drafting
 from requant.errors import RequantError
 
 # A list of block numbers; other lists with "layer" in their key have an entry for each block.
@@ -35,8 +36,6 @@ def cut_config(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     """The config.json of the model's first `blocks` blocks, without multi-token prediction."""
     before = config["num_hidden_layers"]
     changed: dict[str, Any] = {"num_hidden_layers": blocks}
-    if config.get("num_nextn_predict_layers"):
-        changed["num_nextn_predict_layers"] = 0
     for key, value in config.items():
         if not isinstance(value, list):
             continue
@@ -44,4 +43,4 @@ def cut_config(config: dict[str, Any], blocks: int) -> dict[str, Any]:
             changed[key] = [block for block in value if block < blocks]
         elif "layer" in key and len(value) >= before:  # more of them: multi-token prediction, behind the blocks
             changed[key] = value[:blocks]
-    return config | changed
+    return without_drafting(config) | changed

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from requant import decode
 from requant.architecture import block_count, block_of
-from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from requant.carried import is_read
+from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Reproduce, reproduce_limits
 from requant.errors import RequantError
 from requant.hashing import file_entry
@@ -98,7 +99,7 @@ class Published:
 
 def is_of_checkpoint(name: str) -> bool:
     """Whether a file of this name is one that engines read."""
-    return name in ("config.json", INDEX, *TOKENIZER_FILES) or name.endswith(".safetensors")
+    return name in ("config.json", INDEX) or is_read(name) or name.endswith(".safetensors")
 
 
 def files_of(folder: Path) -> list[str]:

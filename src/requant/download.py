@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from requant.bucket import BucketModel
+from requant.carried import folder_of
 from requant.errors import RequantError
 from requant.hub import file_url, get, patiently
 from requant.jobs import progress
@@ -81,6 +82,7 @@ class HubModel:
     def put(self, name: str) -> None:
         """Moves a checked file to its place; in the cache, to the blob that the hub's entity tag names."""
         if self.directory:
+            self.place(name).parent.mkdir(exist_ok=True)
             os.replace(self.partial(name), self.place(name))
             return
         blob = self._blob(name)
@@ -124,13 +126,13 @@ def obtain(model: RemoteModel, name: str, lock: Lock) -> CheckedFile:
     place, partial = model.place(name), model.partial(name)
     if not place.exists():
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(partial.with_name(f"{name}.lock")):  # another build may want the same file
+        with WeakFileLock(partial.with_name(f"{partial.name}.lock")):  # another build may want the same file
             if not model.is_here(name):
                 found = fetch(model, name, lock)
                 model.put(name)
                 return found
     try:
-        return checked_file(place.parent, name, lock)
+        return checked_file(folder_of(place, name), name, lock)
     except RequantError as error:
         raise RequantError(f"{error}; to have it downloaded anew, remove {place.resolve()}") from None
 
@@ -148,7 +150,7 @@ def fetch(model: RemoteModel, name: str, lock: Lock, again: bool = True) -> Chec
     model.grow(name, wanted.size)
     progress(f"{what}: {wanted.size - had} of {wanted.size} bytes in {time.monotonic() - start:.1f} s")
     try:
-        return checked_file(partial.parent, name, lock)
+        return checked_file(folder_of(partial, name), name, lock)
     except RequantError as error:
         partial.unlink()
         reason = str(error).replace(str(partial), what)

@@ -1,8 +1,9 @@
-"""FP8 sources: e4m3 weights with one float32 factor a block of rows and columns, as DeepSeek-V3 publishes them.
+"""FP8 sources: e4m3 weights with one factor a block of rows and columns, as DeepSeek-V3 publishes them.
 
-Beside an F8_E4M3 weight `x` [out, in] stands `x_scale_inv`, F32 [ceil(out / rows), ceil(in / columns)], where
-config.json gives rows and columns as `quantization_config.weight_block_size`. A weight stands for its e4m3 value times
-the factor of its block; blocks at the right and lower edge may be smaller. (DeepSeek-V3, README_WEIGHTS.md.)
+Beside an F8_E4M3 weight `x` [out, in] stands `x_scale_inv` [ceil(out / rows), ceil(in / columns)], where config.json
+gives rows and columns as `quantization_config.weight_block_size`. A weight stands for its e4m3 value times the factor
+of its block; blocks at the right and lower edge may be smaller. (DeepSeek-V3, README_WEIGHTS.md.) Factors are in F32,
+Qwen3's in BF16, others' in F16: each is exact in F32.
 """
 
 from pathlib import Path
@@ -15,7 +16,10 @@ from requant.safetensors_io import read_tensors
 if TYPE_CHECKING:
     import torch
 
-DTYPE, SCALE_DTYPE, SCALE_SUFFIX = "F8_E4M3", "F32", "_scale_inv"
+DTYPE, SCALE_SUFFIX = "F8_E4M3", "_scale_inv"
+SCALE_DTYPES = ("F32", "BF16", "F16")  # the first is what is taken where config.json alone is known
+# Keys of config.json under which engines look for a quantization: compressed-tensors wrote the second one once.
+QUANTIZED_BY = ("quantization_config", "compression_config")
 
 T = TypeVar("T")
 
@@ -25,18 +29,17 @@ def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
 
     Raises RequantError if config.json tells of another quantization than FP8 in blocks.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None:
+    found = next((key for key in QUANTIZED_BY if config.get(key) is not None), None)
+    if found is None:
         return None
+    quantization = config[found]
     if not isinstance(quantization, dict):
-        raise RequantError(
-            f"config.json: quantization_config: {brief(quantization)}; expected keys and values, or no such key"
-        )
+        raise RequantError(f"config.json: {found}: {brief(quantization)}; expected keys and values, or no such key")
     expected = {"quant_method": ["fp8"], "fmt": ["e4m3", None]}
     for key, values in expected.items():
         if quantization.get(key) not in values:
             raise RequantError(
-                f"config.json: quantization_config.{key}: {brief(quantization.get(key))}; expected {values[0]!r}, or a "
+                f"config.json: {found}.{key}: {brief(quantization.get(key))}; expected {values[0]!r}, or a "
                 "checkpoint that is not quantized"
             )
     size = quantization.get("weight_block_size")
@@ -91,15 +94,16 @@ def _check_scale(name: str, weight: TensorEntry, scale: TensorEntry | None, size
     if scale is None:
         raise RequantError(f"{name} is stored in {DTYPE}; expected {name}{SCALE_SUFFIX} beside it, found none")
     wanted = scale_shape(weight.shape, size)
-    if (scale.dtype, scale.shape) != (SCALE_DTYPE, wanted):
+    if scale.dtype not in SCALE_DTYPES or scale.shape != wanted:
         raise RequantError(
-            f"{name}{SCALE_SUFFIX}: {scale.dtype} {scale.shape} found; expected {SCALE_DTYPE} {wanted} for a weight "
-            f"{weight.shape} in blocks of {list(size)} (config.json: quantization_config.weight_block_size)"
+            f"{name}{SCALE_SUFFIX}: {scale.dtype} {scale.shape} found; expected {', '.join(SCALE_DTYPES[:-1])} or "
+            f"{SCALE_DTYPES[-1]} {wanted} for a weight {weight.shape} in blocks of {list(size)} (config.json: "
+            "quantization_config.weight_block_size)"
         )
 
 
 def decode(weight: "torch.Tensor", scales: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
-    """BF16 [out, in] from float8_e4m3fn [out, in] and the float32 factors of its blocks of `size`.
+    """BF16 [out, in] from float8_e4m3fn [out, in] and the factors of its blocks of `size`.
 
     Products are float32 and rounded once. RequantError if the shapes don't fit.
     """

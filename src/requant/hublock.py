@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from requant.carried import as_listed, carried, left_behind
+from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.hub import COMMIT, file_url, first_bytes, get, patiently
 from requant.locks import index_agrees
 from requant.records import FileEntry, Lock, TensorEntry
 from requant.safetensors_io import HEADER_LIMIT, header_of
+from requant.shards import INDEX, only_shard, with_drafting
+from requant.tokenizer import check_convertible
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -41,20 +44,43 @@ def make_hub_lock(model: str, hub: str, revision: str | None) -> Lock:
         raise RequantError(f"{hub}: the hub answers with commit {listed.sha} where {revision} was asked for")
     siblings = {sibling.rfilename: sibling for sibling in listed.siblings or []}
     with tempfile.TemporaryDirectory() as folder:
-        small = [name for name in ("config.json", INDEX, *TOKENIZER_FILES) if name in siblings]
+        small = [name for name in ("config.json", INDEX, *carried(siblings)) if name in siblings]
         files = {name: _downloaded(hub, revision, siblings[name], Path(folder)) for name in small}
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
-        index = checkpoint.stored_index() if INDEX in siblings else None
-        shards = checkpoint.shards if index is not None else [only_shard(hub, list(siblings))]
-    for name in shards:
-        files[name] = _described(hub, siblings, name)
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        headers = pool.map(lambda name: header(hub, revision, name, files[name].size), shards)
-        tensors = {name: entry for part in headers for name, entry in part.items()}
-    if index is not None:
-        index_agrees(f"{hub} at {revision}", index, tensors)
-    return Lock(model=model, revision=revision, files=dict(sorted(files.items())), tensors=tensors, config=config)
+        check_convertible(checkpoint)
+
+        def described(name: str) -> dict[str, TensorEntry]:
+            files[name] = _described(hub, siblings, name)
+            return header(hub, revision, name, files[name].size)
+
+        if INDEX in siblings:
+            named = checkpoint.stored_index()
+            shards = sorted(set(named.values()))
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                headers = dict(zip(shards, pool.map(described, shards), strict=True))
+        else:
+            shard = only_shard(hub, siblings)
+            headers = {shard: described(shard)}
+            named = dict.fromkeys(headers[shard], shard)
+
+    def names_in(shard: str) -> list[str]:
+        headers[shard] = described(shard)
+        return list(headers[shard])
+
+    stored = with_drafting(config, named, siblings, names_in)
+    shards = set(stored.values())
+    tensors = {name: entry for shard in sorted(shards) for name, entry in headers[shard].items()}
+    index_agrees(f"{hub} at {revision}", stored, tensors)
+    files = {name: entry for name, entry in files.items() if name in shards or not name.endswith(".safetensors")}
+    return Lock(
+        model=model,
+        revision=revision,
+        files=dict(sorted(files.items())),
+        tensors=tensors,
+        config=config,
+        left_behind=left_behind(as_listed(siblings), files),
+    )
 
 
 def repository(hub: str, revision: str | None) -> "ModelInfo":
@@ -80,13 +106,15 @@ def header(hub: str, commit: str, name: str, size: int) -> dict[str, TensorEntry
 
 def _downloaded(hub: str, commit: str, sibling: "RepoSibling", folder: Path) -> FileEntry:
     """Size and hash of a small file, which is left in `folder`."""
-    path = folder / sibling.rfilename
+    name = sibling.rfilename
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
 
     def fetch() -> None:
         with path.open("wb") as file:
-            get(file_url(hub, commit, path.name), file, sibling.size)
+            get(file_url(hub, commit, name), file, sibling.size)
 
-    patiently(fetch, f"{hub}/{path.name}")
+    patiently(fetch, f"{hub}/{name}")
     return file_entry(path)
 
 
@@ -97,11 +125,3 @@ def _described(hub: str, siblings: dict[str, "RepoSibling"], name: str) -> FileE
     if (stored := siblings[name].lfs) is None:
         raise RequantError(f"{hub}/{name}: stored without LFS, so the hub gives no sha256; expected weights in LFS")
     return FileEntry(size=stored.size, sha256=stored.sha256)
-
-
-def only_shard(where: str, names: list[str]) -> str:
-    """The shard among `names`, where there is no index. Raises RequantError naming `where` if there is not one."""
-    shards = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
-    if len(shards) != 1:
-        raise RequantError(f"{where}: {len(shards)} safetensors files and no {INDEX}; expected an index, or one file")
-    return shards[0]

@@ -7,6 +7,7 @@ Small files are hashed when a job starts. Tensors are held against their digests
 from collections.abc import Iterable
 from pathlib import Path
 
+from requant.carried import TEMPLATES, in_templates, name_of_record
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.records import CheckedFile, FileEntry, PackRecord, read_json
@@ -23,8 +24,9 @@ def check_inputs(inputs: Iterable[str]) -> None:
     paths = [Path(path) for path in inputs]
     records = _source_records(paths)
     for path in paths:
-        if path.name in records and path not in records.values():
-            _check_source(path, records[path.name])
+        name = next((name for name in (in_templates(path), path.name) if name in records), None)
+        if name is not None and path not in records.values():
+            _check_source(path, records[name])
     for path in paths:
         if path.name == "pack.json":
             _check_release(path)
@@ -33,9 +35,12 @@ def check_inputs(inputs: Iterable[str]) -> None:
 def _source_records(paths: list[Path]) -> dict[str, Path]:
     """The records results/source/{model}/files/{file}.json, by file; that of a whole source stands for all of them."""
     folders = [path.parent / "files" for path in paths if path.name == "source.json"]
-    found = [path for folder in folders for path in folder.glob("*.json")]
-    found += [path for path in paths if path.parent.name == "files" and path.parents[2].name == "source"]
-    return {path.name.removesuffix(".json"): path for path in found}
+    found = {name_of_record(path, folder): path for folder in folders for path in folder.rglob("*.json")}
+    for path in paths:
+        folder = path.parent.parent if path.parent.name == TEMPLATES else path.parent
+        if folder.name == "files" and folder.parents[1].name == "source":
+            found[name_of_record(path, folder)] = path
+    return found
 
 
 def _check_source(path: Path, record: Path) -> None:

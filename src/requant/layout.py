@@ -65,6 +65,8 @@ def check_layout(where: str, config: dict[str, Any], tensors: Mapping[str, Tenso
         if (block := block_of(name, count)) is not None:
             blocks[block][name.removeprefix(f"model.layers.{block}.")] = entry.shape
     for block, found in blocks.items():
+        if not found:
+            raise RequantError(f"{where}: block {block} has no tensors; config.json counts {count} blocks")
         wanted = block_shapes(config, block)
         for name in sorted(wanted.keys() | found.keys()):
             if found.get(name) != wanted.get(name):

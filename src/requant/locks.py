@@ -10,25 +10,20 @@ from typing import Any
 
 from requant import fp8
 from requant.architecture import block_count, block_of, expert_counts, family
+from requant.carried import is_source_name
 from requant.checkpoint import INDEX, Checkpoint
+from requant.config_json import causal_class
+from requant.dtypes import READ
 from requant.errors import RequantError, brief
 from requant.hashing import file_entry
-from requant.naming import entries
+from requant.naming import entries, left_out
 from requant.records import CheckedFile, FileEntry, Lock, SourceRecord, TensorEntry, read_json
 from requant.safetensors_io import DTYPE_BYTES, LARGEST_RANK, read_header, tensor_digests
-from requant.untrusted import is_file_name, is_tensor_name
+from requant.untrusted import is_tensor_name
 
-# The dtype of what is not in FP8, and the tensors that DeepSeek's code has in float32.
-DTYPE = "BF16"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 REVISION = re.compile(r"sha256:[0-9a-f]{64}|[0-9a-f]{40}")
 LARGEST = 2**63  # no size, offset or extent is as large
-FLOAT32_TENSORS = (
-    "e_score_correction_bias",
-    "indexer.k_norm.weight",
-    "indexer.k_norm.bias",
-    "indexer.weights_proj.weight",
-)
 
 
 @cache
@@ -68,6 +63,7 @@ def make_lock(model: str, directory: str | Path) -> Lock:
         files=files,
         tensors=tensors_of(str(directory)),
         config=checkpoint.config,
+        left_behind=checkpoint.left_behind(),
     )
 
 
@@ -128,7 +124,8 @@ def source_record(
     no tensor has.
     """
     files = {name: FileEntry(size=entry.size, sha256=entry.sha256) for name, entry in checked.items()}
-    config = Checkpoint(directory).config
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.config
     stored = lock.tensors if lock else tensors_of(str(directory))
     family(config)
     check_stored(directory, config, stored)
@@ -151,19 +148,22 @@ def source_record(
         parameters=sum(dtypes.values()),
         tensors=len(tensors),
         blocks=blocks,
-        architecture=(config.get("architectures") or [config["model_type"]])[0],
+        architecture=causal_class(config),
         dtypes=dtypes,
         routed_experts=next(iter(experts.values()), 0),
         shared_experts=shared_experts(config, list(tensors)),
         experts_per_token=config.get("num_experts_per_tok", 0) if experts else 0,
         moe_blocks=len(experts),
         dense_blocks=blocks - len(experts),
+        tensors_left_out=left_out(fp8.without_scales(stored)),
+        files_left_behind=sorted({*(lock.left_behind if lock else []), *checkpoint.left_behind(lock and lock.files)}),
         seconds=sum(entry.seconds for entry in checked.values()),
     )
 
 
 def check_stored(directory: str | Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
-    """Raises RequantError unless every tensor is in BF16, or in FP8 with factors that fit config.json.
+    """Raises RequantError unless every tensor of the model is in a dtype that is read, FP8 with factors that fit
+    config.json.
 
     `tensors`: by the names in the files, factors of FP8 weights included.
     """
@@ -171,11 +171,12 @@ def check_stored(directory: str | Path, config: dict[str, Any], tensors: dict[st
         fp8.check_scales(tensors, fp8.block_size(config))
     except RequantError as error:
         raise RequantError(f"{directory}: {error}") from None
-    for name, entry in fp8.without_scales(tensors).items():
-        allowed = (DTYPE, fp8.DTYPE, "F32") if name.endswith(FLOAT32_TENSORS) else (DTYPE, fp8.DTYPE)
-        if entry.dtype not in allowed:
+    weights = fp8.without_scales(tensors)
+    for name in sorted(weights.keys() - left_out(weights).keys()):
+        if weights[name].dtype not in READ:
             raise RequantError(
-                f"{directory}: {name} is stored in {entry.dtype}; expected {DTYPE}, or {fp8.DTYPE} with its factors"
+                f"{directory}: {name} is stored in {weights[name].dtype}; expected BF16, F16, F32, or {fp8.DTYPE} with "
+                "its factors"
             )
 
 
@@ -204,7 +205,7 @@ def check_lock(path: str | Path, lock: Lock) -> None:
             f"{path}: revision: {brief(lock.revision)}; expected a commit of 40 hex digits, or sha256:...; {REMEDY}"
         )
     for name, entry in lock.files.items():
-        if not is_file_name(name):
+        if not is_source_name(name):
             raise RequantError(f"{path}: files: {brief(name)}; expected a file name without a path; {REMEDY}")
         if not SHA256.fullmatch(entry.sha256):
             raise RequantError(f"{path}: {name}: sha256 {brief(entry.sha256)}; expected 64 hex digits; {REMEDY}")

@@ -6,15 +6,28 @@ code, `block_sparse_moe.experts.7.w3`. And transformers 5 can save a block's exp
 `mlp.experts.gate_up_proj` [experts, 2 x intermediate, width], an expert's gate rows before its up rows, and
 `mlp.experts.down_proj` [experts, width, intermediate] (transformers.conversion_mapping). A release has the names that
 serving engines load: one tensor an expert and projection, Mixtral's under its own names.
+
+Files may hold more than the model: buffers that its code computes from config.json, and tensors that no module of it
+has. Engines refuse a checkpoint with them, and they are no parameters: they are left out, and named (`left_out`).
 """
 
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from requant.architecture import BLOCK_TENSOR
 from requant.errors import RequantError, brief
 from requant.records import TensorEntry
 from requant.safetensors_io import DTYPE_BYTES
+
+# What a model has outside of its blocks; what is stored behind these is multi-token prediction (`architecture`).
+OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+# Buffers of rotary embeddings that earlier code stored.
+BUFFERS = re.compile(r"(?:.+\.)?rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)")
+LEFT_OUT = {
+    "buffer": "a buffer that the model computes from config.json",
+    "no module": "no module of the model has it",
+}
 
 STACKED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -69,13 +82,31 @@ def _renamed(match: re.Match, parent: str, projections: dict[str, str]) -> str:
     return f"{match[1]}.{parent}.{expert}"
 
 
+def left_out(stored: Iterable[str]) -> dict[str, str]:
+    """Of the names in a model's files those that are no part of it, each with the reason, sorted.
+
+    Names are those of weights: `fp8.without_scales` comes first. What is in a block is part of it, known or not.
+    """
+    found = {}
+    for name in stored:
+        if "rotary_emb." in name and BUFFERS.fullmatch(name):
+            found[name] = LEFT_OUT["buffer"]
+        elif name not in OUTSIDE and BLOCK_TENSOR.fullmatch(name) is None:
+            found[name] = LEFT_OUT["no module"]
+    return dict(sorted(found.items()))
+
+
 def places(stored: Iterable[str], config: dict[str, Any]) -> dict[str, Place]:
-    """Where each tensor is, by its name inside requant, for the names in a model's files.
+    """Where each tensor is, by its name inside requant, for the names in a model's files; `left_out` ones are nowhere.
 
     Raises RequantError if two stored tensors have one name, or experts are stacked and config.json does not count them.
     """
+    stored = list(stored)
+    without = left_out(stored)
     found: dict[str, Place] = {}
     for tensor in stored:
+        if tensor in without:
+            continue
         for name, place in _places_of(tensor, config):
             if name in found:
                 raise RequantError(f"{tensor}: is {name}, and so is {found[name].stored}; expected one of them")

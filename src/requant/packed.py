@@ -155,4 +155,5 @@ def write_decoded(packed_dir: str | Path, out_dir: str | Path) -> None:
     index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
     write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
     for name in packed.carried_files:
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(packed.directory / name, out / name)

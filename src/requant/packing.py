@@ -8,14 +8,18 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, family, is_drafting
-from requant.blocks import NOT_FOR_TRANSFORMERS
-from requant.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
+from requant.architecture import EXPERT_TENSOR, block_of, expert_counts, is_drafting, without_drafting
+from requant.blocks import model_config
+from requant.carried import TEMPLATES, is_carried
+from requant.checkpoint import INDEX, Checkpoint
+from requant.config_json import release_config
 from requant.cut import cut_config
+from requant.dtypes import main_dtype, released_dtypes, torch_dtype
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.hashing import file_entry
@@ -24,7 +28,11 @@ from requant.naming import engine_names, module_name, released_name
 from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
 from requant.schemes import SCHEMES, Scheme
+from requant.tokenizer import converted_from, made_files, write_made
 from requant.whole import written_whole
+
+if TYPE_CHECKING:
+    import torch
 
 
 def shard_name(number: int, blocks: int) -> str:
@@ -56,19 +64,21 @@ def pack(
     out_record: Path,
     mtp: str = "keep",
     keep: KeepList | None = None,
+    carried: Sequence[str] | None = None,
 ) -> PackRecord:
     """Makes the checkpoint directory `out` from the block files in `blocks_dir` and the source's remaining tensors.
 
     mtp: `drop` leaves out the tensors of multi-token prediction, and config.json says so. keep: the experts that a
-    pruned model has of the source; it has no multi-token prediction.
+    pruned model has of the source; it has no multi-token prediction. carried: the source's files beside the weights
+    that the release takes along; all that it can if None.
     """
     start = time.monotonic()
     checkpoint, scheme = Checkpoint(source, keep), SCHEMES[scheme_name]
     blocks = checkpoint.config["num_hidden_layers"]
     drafting = {name for name in checkpoint.index if is_drafting(name, blocks)}
     dropped = drafting if mtp == "drop" else set()
-    config = checkpoint.config | ({"num_nextn_predict_layers": 0} if dropped else {})
-    laid_out = lay_out(checkpoint, scheme, blocks_dir, config, dropped, out)
+    config = without_drafting(checkpoint.config) if dropped else checkpoint.config
+    laid_out = lay_out(checkpoint, scheme, blocks_dir, config, dropped, out, carried)
 
     tensors = checkpoint.entries(tensors_of(str(source)))
     tensors = {name: entry for name, entry in tensors.items() if name not in dropped}
@@ -81,6 +91,8 @@ def pack(
         bytes=sum((out / shard_name(n, blocks)).stat().st_size for n in range(1, blocks + 2)),
         source_bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
         multi_token_prediction=_drafting(checkpoint, dropped),
+        tensors_left_out=checkpoint.left_out,
+        tokenizer_from=converted_from(checkpoint),
         hard_linked=laid_out.hard_linked,
         seconds=time.monotonic() - start,
     )
@@ -102,13 +114,19 @@ class LaidOut:
 
 
 def lay_out(
-    checkpoint: Checkpoint, scheme: Scheme, blocks_dir: Path, config: dict[str, Any], dropped: set[str], out: Path
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    blocks_dir: Path,
+    config: dict[str, Any],
+    dropped: set[str],
+    out: Path,
+    carried: Sequence[str] | None = None,
 ) -> LaidOut:
     """Makes the checkpoint directory `out` of block files and the source's tensors outside of blocks.
 
     config: that of the model that is made, which may have fewer blocks than the source: the first ones, and none of the
-    others' tensors. dropped: tensors of no block that it does not have either. Raises RequantError if a block file is
-    not as it was written.
+    others' tensors. dropped: tensors of no block that it does not have either. carried: as of `pack`. Raises
+    RequantError if a block file is not as it was written.
     """
     blocks, whole = config["num_hidden_layers"], checkpoint.config["num_hidden_layers"]
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +140,7 @@ def lay_out(
     ]
     block_by_name = {name: block_of(name, whole) for name in checkpoint.index.keys() - dropped}
     rest = sorted(name for name, block in block_by_name.items() if block is None)
-    outer = {released_name(name, config): tensor for name, tensor in checkpoint.read(rest).items()}
+    outer = {released_name(name, config): tensor for name, tensor in outside(checkpoint, rest, blocks).items()}
     save(out / shard_name(blocks + 1, blocks), outer)
 
     stored: dict[str, TensorEntry] = {}
@@ -135,19 +153,30 @@ def lay_out(
     held = [name for name, block in block_by_name.items() if block is None or block < blocks]
     kept = {name for record in records for name in record.kept} | routers(held)
     ignored = sorted({"lm_head"} | matrices | {asked for name in kept for asked in engine_names(name, config)})
-    written = release_config(config)
+    written = release_config(config, outer, model_config(config).rope_parameters)
     if scheme.quantizes:
         written["quantization_config"] = quantization_config(scheme, ignored)
     write_text(out / "config.json", json.dumps(written, indent=2, sort_keys=True) + "\n")
-    for name in checkpoint.carried_files:
+    carried = checkpoint.carried_files if carried is None else carried
+    for name in carried:
         with written_whole(out / name) as partial:  # a copy: a release must not share bytes with the user's source
             shutil.copyfile(checkpoint.directory / name, partial)
+    made = made_files(checkpoint)
+    write_made(made, out)
+    beside = dict.fromkeys([*carried, *made])
     return LaidOut(
-        files=["config.json", INDEX, *checkpoint.carried_files, *(shard_name(n, blocks) for n in range(1, blocks + 2))],
+        files=["config.json", INDEX, *beside, *(shard_name(n, blocks) for n in range(1, blocks + 2))],
         stored=stored,
         quantized={name for record in records for name in record.quantized},
         hard_linked=all(linked),
     )
+
+
+def outside(checkpoint: Checkpoint, names: list[str], blocks: int) -> dict[str, "torch.Tensor"]:
+    """The tensors `names`, which are in no block, as a release of the first `blocks` blocks stores them (`dtypes`)."""
+    main = main_dtype(checkpoint.described(checkpoint.in_blocks(0, blocks)).values())
+    dtypes = released_dtypes(checkpoint.described(names), main)
+    return {name: tensor.to(torch_dtype(dtypes[name])) for name, tensor in checkpoint.read(names).items()}
 
 
 def pack_first(
@@ -160,29 +189,23 @@ def pack_first(
     checkpoint = Checkpoint(source, keep)
     drafting = {name for name in checkpoint.index if is_drafting(name, checkpoint.config["num_hidden_layers"])}
     config = cut_config(checkpoint.config, blocks)
-    return lay_out(checkpoint, SCHEMES[scheme_name], blocks_dir, config, drafting, out)
+    carried = checkpoint.tokenizer_files
+    return lay_out(checkpoint, SCHEMES[scheme_name], blocks_dir, config, drafting, out, carried)
 
 
 def _drafting(checkpoint: Checkpoint, dropped: set[str]) -> str:
     """What became of the source's layers for multi-token prediction."""
     blocks = checkpoint.config["num_hidden_layers"]
-    if not any(is_drafting(name, blocks) for name in checkpoint.stored):
+    if not any(is_drafting(name, blocks) for name in checkpoint.stored.keys() - checkpoint.left_out.keys()):
         return "none"
     return "dropped" if dropped or checkpoint.view else "kept"
 
 
-def release_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a model without what does not hold for a release: how the source is stored, and code that
-    comes with the source. Its model_type is one that transformers has code for."""
-    return {key: value for key, value in config.items() if key not in NOT_FOR_TRANSFORMERS} | {
-        "model_type": family(config)
-    }
-
-
 def remove_strangers(out: Path, names: list[str]) -> None:
-    """Removes shards and tokenizer files that an earlier release of this name left in `out`."""
-    for path in out.iterdir():
-        if path.name not in names and (path.suffix in (".safetensors", ".partial") or path.name in TOKENIZER_FILES):
+    """Removes shards and carried files that an earlier release of this name left in `out`."""
+    for path in [*out.iterdir(), *(out / TEMPLATES).glob("*")]:
+        name = path.relative_to(out).as_posix()
+        if name not in names and path.is_file() and (path.suffix in (".safetensors", ".partial") or is_carried(name)):
             path.unlink()
 
 

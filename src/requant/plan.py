@@ -30,7 +30,7 @@ from requant.errors import RequantError
 from requant.linears import choose
 from requant.locks import load_lock, tensors_of
 from requant.memory import cpu_bytes, gpu_bytes
-from requant.preflight import check_linears, check_model, check_numbers
+from requant.preflight import check_known, check_linears, check_model
 from requant.pruning import kept_experts
 from requant.records import DiskPlan, PlanRecord, SchemePlan, StagePlan, TargetPlan, TimelinePlan, write_json
 from requant.schemes import SCHEMES, Scheme
@@ -142,7 +142,7 @@ def _locked(directory: str, lock_path: str, repository: dict[str, str | None] | 
 
 def _local(directory: str) -> Source:
     checkpoint = Checkpoint(directory)
-    check_numbers(directory, checkpoint.config)
+    check_known(directory, checkpoint.config)
     if not has_shards(checkpoint):
         fp8.block_size(checkpoint.config)
         known = structure.from_config(checkpoint.config)

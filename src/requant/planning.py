@@ -8,10 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from requant.checkpoint import Checkpoint
 from requant.documents import check_text
 from requant.errors import RequantError, plain
 from requant.hub import COMMIT
+from requant.naming import LEFT_OUT
 from requant.records import Lock
+from requant.shards import INDEX
 from requant.untrusted import read_json_object
 
 
@@ -105,6 +108,36 @@ def check_locked_source(model: str, directory: str, lock: str, names: Iterable[s
         if not path.is_file():
             wrong = "no file" if path.exists() else "not there"
             raise RequantError(f"{path}: {wrong}; {lock} names it: make the lock anew if the source has changed")
+
+
+def check_locked_shards(checkpoint: Checkpoint, used: Iterable[str]) -> None:
+    """Raises RequantError if a model's directory has a shard of it that is not among the files `used`, by its lock."""
+    if missing := sorted(set(checkpoint.shards) - set(used)):
+        raise RequantError(
+            f"{checkpoint.directory / missing[0]}: holds tensors of the model, and its lock does not name it: make the "
+            "lock anew"
+        )
+
+
+def remarks_on(checkpoint: Checkpoint) -> list[str]:
+    """A line on what of a directory's weights is not read, or read otherwise than its config.json says."""
+    lines = [
+        f"{checkpoint.directory / name}: not read: {INDEX} does not name it, and it is no layer for multi-token "
+        "prediction that config.json counts"
+        for name in checkpoint.unnamed
+    ]
+    if checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" in checkpoint.stored:
+        lines.append(
+            f"{checkpoint.directory}: config.json ties the head to the embedding, and a head is stored: that one is "
+            "used, and a release's config.json ties nothing"
+        )
+    strange = [name for name, reason in checkpoint.left_out.items() if reason == LEFT_OUT["no module"]]
+    if strange:
+        lines.append(
+            f"{checkpoint.directory}: {len(strange)} tensors that no module of the model has are left out, the first "
+            f"is {strange[0]}"
+        )
+    return lines
 
 
 def check_hub_model(model: str, revision: str | None, lock: Lock | None) -> None:

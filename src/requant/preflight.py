@@ -4,16 +4,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from requant import fp8
-from requant.architecture import attention_window, block_count, family, head_width
-from requant.checkpoint import TOKENIZERS
+from requant.architecture import (
+    BLOCK_TENSOR,
+    DRAFTING,
+    DRAFTING_KEYS,
+    attention_window,
+    block_count,
+    drafting_layers,
+    family,
+    head_width,
+)
+from requant.carried import TOKENIZERS, check_carried
+from requant.checkpoint import Checkpoint
 from requant.config import Calibration, Release
+from requant.config_json import check_declared
 from requant.errors import RequantError, brief
 from requant.layout import check_layout
 from requant.linears import check_patterns, choose, taken_along
 from requant.locks import check_stored
-from requant.naming import EXPERT_COUNTS, MOST_EXPERTS, entries
+from requant.naming import EXPERT_COUNTS, MOST_EXPERTS, entries, left_out
 from requant.records import TensorEntry
 from requant.schemes import SCHEMES
+from requant.tokenizer import check_convertible
 
 NUMBERS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 LATENT_NUMBERS = (
@@ -61,7 +73,7 @@ OPTIONAL_NUMBERS = {
     "num_experts_per_tok": MOST_EXPERTS,
     "n_group": MOST_EXPERTS,
     "topk_group": MOST_EXPERTS,
-    "num_nextn_predict_layers": 100,
+    **dict.fromkeys(DRAFTING_KEYS, 100),
 } | dict.fromkeys(EXPERT_COUNTS, MOST_EXPERTS)
 
 
@@ -156,19 +168,43 @@ def check_model(where: str, config: dict[str, Any], tensors: dict[str, TensorEnt
 
     where: the directory or lock that both are from; tensors: by the names in the files.
     """
-    try:
-        family(config)
-    except RequantError as error:
-        raise RequantError(f"{where}: {error}") from None
-    check_numbers(where, config)
-    check_arithmetic(where, config)
+    check_known(where, config)
     check_stored(where, config, tensors)
     check_outside(where, config, tensors)
+    check_behind(where, config, tensors)
     try:
         held = entries(fp8.without_scales(tensors), config)
     except RequantError as error:
         raise RequantError(f"{where}: {error}") from None
     check_layout(where, config, held)
+
+
+def check_known(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError if config.json alone tells that requant can't build the model, or would compute another."""
+    try:
+        family(config)
+    except RequantError as error:
+        raise RequantError(f"{where}: {error}") from None
+    check_numbers(where, config)
+    check_declared(where, config)
+    check_arithmetic(where, config)
+
+
+def check_behind(where: str, config: dict[str, Any], tensors: Iterable[str]) -> None:
+    """Raises RequantError if blocks are stored that config.json counts neither among the model's nor, behind them, as
+    layers for multi-token prediction."""
+    blocks, layers = block_count(config), drafting_layers(config)
+    names = set(tensors)
+    names -= left_out(names).keys()
+    stored = {int(match[1]) for name in names if (match := BLOCK_TENSOR.fullmatch(name))}
+    behind = sorted(block for block in stored if block >= blocks)
+    if not behind or (len(behind) <= layers and behind == list(range(blocks, blocks + len(behind)))):
+        return
+    counted = f"{blocks} blocks"
+    if config["model_type"] in DRAFTING:
+        counted += f" (num_hidden_layers) and {layers} layers for multi-token prediction (num_nextn_predict_layers)"
+    strange = next((block for block in behind if not blocks <= block < blocks + layers), behind[0])
+    raise RequantError(f"{where}: model.layers.{strange}.* is stored; config.json counts {counted}")
 
 
 def check_outside(where: str, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
@@ -194,6 +230,13 @@ def check_source(model: str, blocks: Iterable[int | None], count: int, files: It
         raise RequantError(f"models.{model}: block {missing[0]} has no tensors; config.json counts {count} blocks")
     if not set(TOKENIZERS) & set(files):
         raise RequantError(f"models.{model}: no tokenizer; expected {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}")
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Raises RequantError if a file beside the weights of a checkpoint that is here can't be taken along, or no
+    tokenizer can be made of what is here."""
+    check_carried(checkpoint.directory, checkpoint.carried_files)
+    check_convertible(checkpoint)
 
 
 def widths(config: dict[str, Any]) -> dict[str, int]:

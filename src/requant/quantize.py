@@ -157,7 +157,8 @@ def make_block(
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
     block, linears, scales = prepared.block, prepared.linears, prepared.tensor_scales
     source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    kept_as_they_are = {name: tensor.cpu() for name, tensor in source.items() if _linear_of(name) not in linears}
+    computed = {name: tensor.cpu() for name, tensor in source.items() if _linear_of(name) not in linears}
+    kept_as_they_are = model.as_released(job.block, computed, computed)
     weights = {
         name: plain_rounding(source[f"{name}.weight"], scales.get(name), scheme)
         for name in linears

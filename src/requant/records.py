@@ -58,6 +58,14 @@ class Lock(Record):
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
     config: dict[str, Any]
+    left_behind: list[str] = Field(
+        [], description="what else is there, and neither is read nor goes along; folders end in /"
+    )
+
+
+LEFT_OUT_TEXT = (
+    "tensors of the source's files that are no part of the model, with the reason: neither counted nor released"
+)
 
 
 class SourceRecord(StageRecord):
@@ -77,6 +85,10 @@ class SourceRecord(StageRecord):
     experts_per_token: int
     moe_blocks: int
     dense_blocks: int
+    tensors_left_out: dict[str, str] = Field({}, description=LEFT_OUT_TEXT)
+    files_left_behind: list[str] = Field(
+        [], description="what else the source has, and neither is read nor goes along; folders end in /"
+    )
     seconds: float = Field(description="of checking all files, one after another")
 
 
@@ -216,6 +228,10 @@ class PackRecord(StageRecord):
     )
     multi_token_prediction: Literal["none", "kept", "dropped"] = Field(
         "none", description="the layers stored behind the blocks: kept in BF16, or left out of the release"
+    )
+    tensors_left_out: dict[str, str] = Field({}, description=LEFT_OUT_TEXT)
+    tokenizer_from: str | None = Field(
+        None, description="the file that tokenizer.json was converted from; null if the source has that itself"
     )
     hard_linked: bool = Field(description="shards share their bytes with blocks/")
     seconds: float

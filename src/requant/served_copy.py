@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from requant.checkpoint import Checkpoint
 from requant.config import Target
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.records import FileEntry
+from requant.tokenizer import made_files, write_made
 
 # Why transformers is not given a format as it is stored; it reads the formats that are not here.
 WHY_DECODED = {
@@ -72,13 +74,19 @@ def served_copy(checkpoint: Path, names: list[str], folder: Path, decode: bool =
 
 
 def mirror(packed: Path, names: list[str], folder: Path) -> None:
-    """Lays the files `names` of `packed` out in `folder`: shards as links, the others as copies that may be edited."""
+    """Lays the files `names` of `packed` out in `folder`: shards as links, the others as copies that may be edited.
+
+    A source whose tokenizer has another form gets the files that a release of it has (`tokenizer`).
+    """
     folder.mkdir()
-    for path in (packed / name for name in names):
+    for name in names:
+        path, place = packed / name, folder / name
+        place.parent.mkdir(exist_ok=True)
         if path.suffix == ".safetensors":
-            (folder / path.name).symlink_to(path.resolve())
+            place.symlink_to(path.resolve())
         else:
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, place)
+    write_made(made_files(Checkpoint(folder)), folder)
 
 
 def check_files(directory: str | Path, files: dict[str, FileEntry]) -> None:

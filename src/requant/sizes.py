@@ -51,7 +51,10 @@ def packed_tensors(linear: str, shape: tuple[int, ...], scheme: Scheme) -> dict[
 
 
 def released(tensors: dict[str, Shaped], linears: list[str], scheme: Scheme) -> dict[str, Shaped]:
-    """`tensors` as a release stores them: the weights of `linears` packed, FP8 ones decoded to BF16, others as is."""
+    """`tensors` as a release stores them: the weights of `linears` packed, FP8 ones decoded to BF16, others as is.
+
+    What else becomes of a dtype depends on the others of its block: `dtypes.released_dtype` comes before.
+    """
     weights = {f"{linear}.weight": linear for linear in linears}
     stored = {}
     for name, tensor in tensors.items():

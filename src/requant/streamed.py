@@ -4,7 +4,7 @@ A block is built on the meta device and filled with its own tensors, straight fr
 The same code runs the source and a packed release: `PackedCheckpoint` hands out decoded weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from requant.attention import attention_chosen
 from requant.blocks import empty_block, empty_model, fill
 from requant.checkpoint import Checkpoint
 from requant.devices import prepare_device
+from requant.dtypes import main_dtype, released_dtype, torch_dtype
 from requant.errors import RequantError
 from requant.grouped import group
 
@@ -64,6 +65,21 @@ class StreamedModel:
         if quantize_activations:
             self.checkpoint.round_activations(block, prefix)
         return self.placed(block)
+
+    def as_released(
+        self, index: int, names: Iterable[str], tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors `names` of block `index` (whole names) as a release stores them where it quantizes none of them.
+
+        tensors: those that the block computes with; where the files have another dtype than these, and a release too,
+        they are read once more.
+        """
+        described = self.checkpoint.described(self._names.get(index, []))
+        main = main_dtype(described.values())
+        wanted = {name: torch_dtype(released_dtype(name, described[name].dtype, main)) for name in names}
+        other = [name for name, dtype in wanted.items() if tensors[name].dtype != dtype]
+        read = self.checkpoint.read(other) if other else {}
+        return {name: read[name].to(dtype) if name in read else tensors[name] for name, dtype in wanted.items()}
 
     def placed(self, block: nn.Module) -> nn.Module:
         """A complete block, ready to run on `device`."""

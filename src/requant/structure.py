@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from requant import fp8
-from requant.architecture import block_of, is_drafting
-from requant.blocks import FLOAT32_TENSOR, empty_block, empty_model
+from requant.architecture import block_of, drafting_layers, is_drafting
+from requant.blocks import empty_block, empty_model
 from requant.cut import cut_config
+from requant.dtypes import CORRECTION_BIAS, main_dtype, released_dtype, released_dtypes
 from requant.errors import RequantError
 from requant.linears import choose
 from requant.naming import entries, released_name
@@ -26,18 +27,25 @@ from requant.view import pruned_config
 
 @dataclass(frozen=True)
 class Kind(Counted):
-    """Blocks that are alike. blocks: their numbers; module: one of them on the meta device, experts split."""
+    """Blocks that are alike. blocks: their numbers; module: one of them on the meta device, experts split.
+
+    main: the dtype of most of what they store; other: by name, dtypes that a release stores and that are not BF16.
+    From a config alone nobody can tell, but that routers' correction biases are published in F32.
+    """
 
     blocks: tuple[int, ...]
     module: nn.Module
+    main: str = "BF16"
+    other: dict[str, str] | None = None
 
     @cached_property
     def tensors(self) -> dict[str, Shaped]:
-        """The block's tensors as requant holds them, names without the block's prefix."""
-        return {
-            name: Shaped("F32" if name.endswith(FLOAT32_TENSOR) else "BF16", tuple(tensor.shape))
-            for name, tensor in self.module.state_dict().items()
-        }
+        """The block's tensors as a release stores those that it does not quantize, names without the block's prefix."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+        other = self.other
+        if other is None:
+            other = {name: "F32" for name in shapes if name.endswith(CORRECTION_BIAS)}
+        return {name: Shaped(other.get(name, "BF16"), shape) for name, shape in shapes.items()}
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -61,7 +69,7 @@ class Kind(Counted):
 
 @dataclass(frozen=True)
 class Structure:
-    """A model. outside: tensors of no block, as the checkpoint stores them.
+    """A model. outside: tensors of no block, as a release stores them.
 
     basis: what the figures come from: `lock`, `headers`, or `config` alone. stored: bytes of the checkpoint's shards,
     headers not counted if they follow from the config alone.
@@ -109,9 +117,17 @@ class Structure:
     def pruned(self, experts: int) -> "Structure":
         """The model with `experts` of its routed experts and no multi-token prediction, read from the same shards."""
         config = pruned_config(self.config, experts)
-        kinds, _ = kinds_of(config)
+        kinds = tuple(part for kind in kinds_of(config)[0] for part in self._stored_alike(kind))
         outside = {name: entry for name, entry in self.outside.items() if not is_drafting(name, self.blocks)}
         return Structure(config, self.basis, kinds, outside, self.stored)
+
+    def _stored_alike(self, kind: Kind) -> list[Kind]:
+        """`kind` parted by how this model's blocks are stored; experts that it does not have are no matter."""
+        parts = []
+        for known in self.kinds:
+            if blocks := tuple(block for block in kind.blocks if block in known.blocks):
+                parts.append(replace(kind, blocks=blocks, main=known.main, other=known.other))
+        return parts
 
     def first(self, blocks: int) -> "Structure":
         """The model's first `blocks` blocks with what is outside of blocks, without multi-token prediction."""
@@ -233,28 +249,49 @@ def from_tensors(config: dict[str, Any], tensors: dict[str, TensorEntry], stored
     held = entries(fp8.without_scales(tensors), config)
     found = {name: Shaped(entry.dtype, tuple(entry.shape)) for name, entry in held.items()}
     inside = {name: tensor for name, tensor in found.items() if block_of(name, blocks) is not None}
+    main = main_dtype(inside.values())
+    outside = {
+        name: Shaped(released_dtype(name, tensor.dtype, main), tensor.shape)
+        for name, tensor in found.items()
+        if name not in inside
+    }
     for name in sorted(expected.keys() | inside.keys()):
         wanted = list(expected[name].shape) if name in expected else "no such tensor"
         shape = list(inside[name].shape) if name in inside else "no such tensor"
         if wanted != shape:
             raise RequantError(f"{name}: {shape} in the {basis}; config.json gives {wanted}")
-    return Structure(
-        config, basis, kinds, {name: tensor for name, tensor in found.items() if name not in inside}, stored
-    )
+    kinds = tuple(part for kind in kinds for part in _stored_alike(kind, inside))
+    return Structure(config, basis, kinds, outside, stored)
+
+
+def _stored_alike(kind: Kind, stored: dict[str, Shaped]) -> list[Kind]:
+    """`kind` parted by the dtypes that its blocks are stored in; `stored` has the tensors of all blocks."""
+    alike: dict[tuple, list[int]] = {}
+    for block in kind.blocks:
+        tensors = {name: stored[f"model.layers.{block}.{name}"] for name in kind.tensors}
+        main = main_dtype(tensors.values())
+        dtypes = released_dtypes(tensors, main)
+        other = tuple(sorted((name, dtype) for name, dtype in dtypes.items() if dtype != "BF16"))
+        alike.setdefault((main, other), []).append(block)
+    return [
+        replace(kind, blocks=tuple(blocks), main=main, other=dict(other)) for (main, other), blocks in alike.items()
+    ]
 
 
 def source_bytes(kind: Kind, config: dict[str, Any]) -> int:
-    """Bytes of a block of that kind in the checkpoint: BF16, or FP8 with a float32 scale a tile if config.json says so.
+    """Bytes of a block of that kind in the checkpoint, FP8 with a float32 scale a tile if config.json says so.
 
     In FP8 checkpoints, routers and an indexer's `weights_proj` are BF16.
     """
     total = sum(tensor.bytes for tensor in kind.tensors.values())
+    if kind.main == "F32":
+        return 4 * kind.elements
     size = fp8.block_size(config)
     if size is None:
         return total
     for name, shape in kind.linear_shapes.items():
         if not name.endswith("indexer.weights_proj"):
-            scales = Shaped(fp8.SCALE_DTYPE, tuple(fp8.scale_shape(list(shape), size)))
+            scales = Shaped(fp8.SCALE_DTYPES[0], tuple(fp8.scale_shape(list(shape), size)))
             total += scales.bytes - shape[0] * shape[1]
     return total
 
@@ -265,7 +302,7 @@ def drafting_if_stored(structure: Structure) -> int:
     A layer has a block like the last one, three norms, a projection of two widths to one, an embedding and a head
     (DeepSeek-V3, arXiv 2412.19437; GLM-4 MoE stores it alike).
     """
-    layers = structure.config.get("num_nextn_predict_layers") or 0
+    layers = drafting_layers(structure.config)
     if structure.basis != "config" or not layers:
         return 0
     width, vocabulary = structure.config["hidden_size"], structure.config["vocab_size"]

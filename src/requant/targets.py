@@ -15,6 +15,7 @@ from typing import Any
 
 from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
 from requant.config import Target
+from requant.dtypes import main_dtype, released_dtype
 from requant.errors import RequantError
 from requant.linears import choose
 from requant.schemes import Scheme
@@ -233,18 +234,25 @@ def weight_bytes(
     """
     blocks, experts = config["num_hidden_layers"], routed_experts(config)
     kept, widths = {}, {}
+    main = _main_dtypes(tensors, blocks)
     for name, tensor in tensors.items():
         expert = EXPERT_TENSOR.fullmatch(name)
         if (expert and int(expert[1]) >= experts) or (drop_drafting and is_drafting(name, blocks)):
             continue
-        if ROUTER_TENSOR.search(name):
-            # A correction bias is float32 in a release, whatever the source has.
-            tensor = Shaped(
-                "F32" if name.endswith("e_score_correction_bias") else tensor.dtype, (experts, *tensor.shape[1:])
-            )
-        kept[name] = tensor
+        shape = (experts, *tensor.shape[1:]) if ROUTER_TENSOR.search(name) else tensor.shape
+        kept[name] = Shaped(released_dtype(name, tensor.dtype, main[block_of(name, blocks)]), shape)
         linear = name.removesuffix(".weight")
         if linear != name and len(tensor.shape) == 2 and block_of(name, blocks) is not None:
             widths[linear] = tensor.shape[1]
     linears = choose(widths, scheme, keep)[0] if holds_packed(target) else []
     return tensor_bytes(released(kept, linears, scheme))
+
+
+def _main_dtypes(tensors: Mapping[str, Shaped], blocks: int) -> dict[int | None, str]:
+    """The main dtype of each block, and that of all of them for what is in none."""
+    inside: dict[int | None, list[Shaped]] = {None: []}
+    for name, tensor in tensors.items():
+        if (block := block_of(name, blocks)) is not None:
+            inside.setdefault(block, []).append(tensor)
+            inside[None].append(tensor)
+    return {block: main_dtype(found) for block, found in inside.items()}

@@ -16,6 +16,7 @@ import torch
 from requant import int_pack, nvfp4
 from requant.architecture import block_count, block_of, fused_groups, is_drafting
 from requant.checkpoint import Checkpoint
+from requant.dtypes import main_dtype, released_dtypes, torch_dtype
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
@@ -25,9 +26,10 @@ from requant.records import KeepList, TensorCheck, VerifyRecord, packed_as, writ
 from requant.schemes import Scheme
 
 UNCHANGED_MEANS = (
-    "the same bits as in the source as requant reads it: BF16 and F32 as stored there; an FP8 weight decoded, each "
-    "e4m3 value times the factor of its block, in float32, and rounded once to BF16; a router's correction bias may be "
-    "stored wider, in F32"
+    "the same bits and dtype as in the source: BF16, F16 and F32 as stored there; an FP8 weight decoded, each e4m3 "
+    "value times the factor of its block, in float32, and rounded once to BF16; of a block that is in F16 or F32 for "
+    "the most part, and of what is in no block if most of all blocks is, everything rounded once to BF16; a router's "
+    "correction bias may be stored wider, in F32"
 )
 
 
@@ -95,6 +97,7 @@ def verify(
     chosen = set(sorted(quantized)[:: max(1, len(quantized) // samples)][:samples])
     for block in [*range(blocks), None]:
         names = sorted(name for name in original.index.keys() - dropped if block_of(name, blocks) == block)
+        dtypes = wanted_dtypes(original, names, blocks)
         for name in names:
             tensor = original.read([name])[name]
             if name in quantized:
@@ -105,7 +108,7 @@ def verify(
                 if name in chosen:
                     check_public(name, parts, scheme)
             else:
-                check_unchanged(name, tensor, packed)
+                check_unchanged(name, tensor.to(torch_dtype(dtypes[name])), packed)
                 unchanged += 1
         if block is not None:
             so_far = f"{len(checks)} quantized tensors" if scheme.quantizes else f"{unchanged} tensors"
@@ -163,7 +166,7 @@ def account(original: Checkpoint, packed: PackedCheckpoint, blocks: int) -> set[
     dropped = drafting if left_out else set()
     if missing := sorted(original.index.keys() - packed.index.keys() - dropped):
         raise RequantError(f"{packed.directory}: {missing[0]} is missing; the source has it")
-    if extra := sorted(packed.index.keys() - original.index.keys()):
+    if extra := sorted([*packed.left_out, *(packed.index.keys() - original.index.keys())]):
         raise RequantError(f"{packed.directory}: {extra[0]} is there; the source has no such tensor")
     return dropped
 
@@ -217,12 +220,21 @@ def check_public(name: str, parts: dict[str, torch.Tensor], scheme: Scheme) -> N
         )
 
 
-def check_unchanged(name: str, source: torch.Tensor, packed: PackedCheckpoint) -> None:
-    """Raises RequantError unless a tensor that was not quantized has the bits of the source's (UNCHANGED_MEANS)."""
+def wanted_dtypes(original: Checkpoint, names: list[str], blocks: int) -> dict[str, str]:
+    """The dtype of each of `names`, all of one block or all of none, in a release that quantizes none of them."""
+    own = names if names and block_of(names[0], blocks) is not None else original.in_blocks(0, blocks)
+    return released_dtypes(original.described(names), main_dtype(original.described(own).values()))
+
+
+def check_unchanged(name: str, wanted: torch.Tensor, packed: PackedCheckpoint) -> None:
+    """Raises RequantError unless a tensor that was not quantized has the bits of `wanted` (UNCHANGED_MEANS)."""
     stored = packed.read([name])[name]
-    if stored.shape != source.shape:
-        raise RequantError(f"{name}: shape {list(stored.shape)} found; the source has {list(source.shape)}")
-    if not (same_bits(stored, source.to(stored.dtype)) and same_bits(stored.to(source.dtype), source)):
+    if stored.shape != wanted.shape:
+        raise RequantError(f"{name}: shape {list(stored.shape)} found; the source has {list(wanted.shape)}")
+    if stored.dtype != wanted.dtype:
+        found, expected = (str(tensor.dtype).removeprefix("torch.") for tensor in (stored, wanted))
+        raise RequantError(f"{name}: differs from the source: {found} found; expected {expected}, it is not quantized")
+    if not same_bits(stored, wanted):
         raise RequantError(f"{name}: differs from the source; expected the same bytes, it is not quantized")
 
 

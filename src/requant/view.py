@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from requant.architecture import BLOCK_TENSOR, EXPERT_TENSOR, block_count, block_of, is_drafting
+from requant.architecture import BLOCK_TENSOR, EXPERT_TENSOR, block_count, block_of, is_drafting, without_drafting
 from requant.errors import RequantError
 from requant.naming import EXPERT_COUNTS
 from requant.records import KeepList
@@ -30,10 +30,7 @@ def group_count(config: dict[str, Any]) -> int:
 
 def pruned_config(config: dict[str, Any], experts: int) -> dict[str, Any]:
     """The config.json of a model that keeps `experts` of its routed experts, and no multi-token prediction."""
-    changed = dict.fromkeys((key for key in EXPERT_COUNTS if config.get(key)), experts)
-    if config.get("num_nextn_predict_layers"):
-        changed["num_nextn_predict_layers"] = 0
-    return config | changed
+    return without_drafting(config) | dict.fromkeys((key for key in EXPERT_COUNTS if config.get(key)), experts)
 
 
 class View:

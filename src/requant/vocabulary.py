@@ -23,9 +23,9 @@ CHUNK = 2048  # tokens that a request of the vocabulary has
 
 
 def sample(tokenizer: Any, count: int) -> list[int]:
-    """At most `count` ordinary tokens of the vocabulary whose text, alone, is read as them."""
-    special = set(tokenizer.all_special_ids)
-    ordinary = [token for token in range(len(tokenizer)) if token not in special]
+    """At most `count` ordinary tokens of the vocabulary whose text, alone, is read as them; added ones are not."""
+    added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}  # some models have no embedding for
+    ordinary = [token for token in range(len(tokenizer)) if token not in added]
     random.Random(0).shuffle(ordinary)
     texts = ((token, tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ordinary)
     found: list[int] = []

@@ -144,7 +144,7 @@ SHARDS = {
     "shape is a text": (tensor(shape="BF16"), "shape 'BF16' found"),
     "dtype unknown": (tensor(dtype="F4"), "dtype 'F4' found; expected one of F64"),
     "dtype is a list": (tensor(dtype=["BF16"]), "dtype ['BF16'] found"),
-    "dtype not read": (tensor(dtype="F16"), "is stored in F16; expected BF16"),
+    "dtype not read": (tensor(dtype="I16"), "is stored in I16; expected BF16, F16, F32"),
     "name with a line break": (header(lambda f: f.update({"a\nb": {}})), r"'a\nb': expected a tensor's name"),
     "name of 10,000 characters": (header(lambda f: f.update({"a" * 10_000: {}})), "expected a tensor's name"),
 }
@@ -321,7 +321,7 @@ CONFIGS = {
 def test_a_config_json_that(case, source, tmp_path):
     damage, part = CONFIGS[case]
     damage(source)
-    with refused(tmp_path, "models.moe" if part.startswith(("models", "block")) else str(source), part):
+    with refused(tmp_path, "models.moe" if part.startswith("models") else str(source), part):
         plan(source)
 
 
@@ -536,17 +536,30 @@ def add_tokens(source: Path) -> None:
     edit_json(source / "tokenizer.json", change)
 
 
+def beyond(key: str):
+    """The token beyond the embedding is the one that tokenizer_config.json has under `key`."""
+
+    def damage(source):
+        add_tokens(source)
+        edit_json(source / "tokenizer_config.json", lambda found: found.update({key: "<more>"}))
+
+    return damage
+
+
+BEYOND = "config.json has a vocabulary of 320: expected the tokenizer that the model was trained with"
 TOKENIZERS = {
-    "is larger than the embedding": (
-        lambda source: add_tokens(source),
-        "tokens found; config.json has a vocabulary of 320: expected the tokenizer that the model was trained with",
+    "ends texts by a token beyond the embedding": (beyond("eos_token"), f"eos_token: token 320, '<more>'; {BEYOND}"),
+    "pads by a token beyond the embedding": (beyond("pad_token"), f"pad_token: token 320, '<more>'; {BEYOND}"),
+    "has a template with a token beyond the embedding": (
+        lambda source: (add_tokens(source), (source / "chat_template.jinja").write_text("<more>{{ messages }}")),
+        f"chat template: token 320, '<more>'; {BEYOND}",
     ),
     "is empty": (lambda source: (source / "tokenizer.json").write_text(""), "no tokenizer can be made of its files"),
     "is another file": (
         lambda source: shutil.copy(source / "config.json", source / "tokenizer.json"),
         "no tokenizer can be made of its files",
     ),
-    "is missing": (without_tokenizer, "no tokenizer.json, tokenizer.model or vocab.json; expected one"),
+    "is missing": (without_tokenizer, "no tokenizer.json, tokenizer.model, tiktoken.model or vocab.json; expected one"),
 }
 
 

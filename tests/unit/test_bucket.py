@@ -85,6 +85,24 @@ def test_one_file_without_an_index_is_locked_too(server, tmp_path):
     assert make_bucket_lock("mine", f"s3://{BUCKET}/dense/") == make_lock("mine", folder)
 
 
+def test_files_beside_the_weights_and_a_layer_that_the_index_forgot_are_locked_and_fetched(server, tmp_path):
+    folder = tiny.write_checkpoint(tmp_path / "glm", "glm4_moe", num_hidden_layers=2, mtp=True)
+    tiny.add_beside(folder)
+    tiny.forget_mtp(folder)
+    server.upload(folder, "glm")
+    url = f"s3://{BUCKET}/glm"
+    found = make_bucket_lock("mine", url)
+    wanted = make_lock("mine", folder)
+    assert found.model_copy(update={"left_behind": wanted.left_behind}) == wanted
+    assert "mtp.safetensors" in found.files and tiny.BESIDE.keys() <= found.files.keys()
+    assert set(found.left_behind) == {"README.md", "tool_parser.py"}, "a bucket's other folders are not listed"
+    model = BucketModel(url, str(tmp_path / "here"))
+    for name, text in tiny.BESIDE.items():
+        obtain(model, name, found)
+        assert model.place(name).read_text() == text
+        obtain(model, name, found)
+
+
 def test_what_is_no_checkpoint_is_named(held, lock):
     shard = largest(lock)
     assert line(make_bucket_lock, "mine", f"s3://{BUCKET}/none") == (

@@ -154,6 +154,35 @@ def test_a_source_in_fp8_is_said_to_be_so(root):
     assert "in the release bit for bit, in BF16 what the source has in FP8." in section(text, "What is quantized")
 
 
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_a_source_that_was_rounded_is_said_to_be_so(root, dtype):
+    change(root, "results/source/alpha/source.json", put("dtypes", {"BF16": 29, dtype: 4_712_316}))
+    text = release_text(root)
+    assert f"where the source, stored in {dtype}, takes 9.42\u00a0MB" in text
+    wanted = f"in the release bit for bit, rounded once to BF16 what the source has in {dtype}."
+    assert wanted in section(text, "What is quantized")
+    change(root, "results/source/alpha/source.json", put("dtypes", {"BF16": 4_712_316, dtype: 29}))
+    assert "rounded once" not in release_text(root), "single tensors keep their bytes"
+
+
+def test_what_a_source_has_besides_is_named(root):
+    """Tensors of its files on both cards; what lies beside them on the build's alone."""
+    assert "Not carried along" not in build_text(root) and "No part of the model" not in build_text(root)
+    reason = "no module of the model has it"
+    tower = {f"vision_tower.blocks.{number}.weight": reason for number in range(3)}
+    change(root, "results/source/alpha/source.json", put("tensors_left_out", tower | {"score.weight": reason}))
+    change(root, "results/source/alpha/source.json", put("files_left_behind", ["README.md", "a|b.py", "figures/"]))
+    change(root, "results/alpha-nvfp4/pack.json", put("tokenizer_from", "tiktoken.model"))
+    for text in (build_text(root), release_text(root)):
+        found = section(text, "Provenance")
+        assert (
+            f"No part of the model, and neither counted nor released: 3 `vision_tower.blocks.*` ({reason}); " in found
+        )
+        assert f"1 `score` ({reason})." in found and "was converted from the source's `tiktoken.model`." in found
+    assert r"Not carried along: `README.md`, `a\|b.py`, `figures/`." in section(build_text(root), "Provenance")
+    assert "Not carried along" not in release_text(root)
+
+
 def test_the_spread_of_tokens_over_experts_is_told(root):
     load_of_block = json.loads((root / f"results/{NVFP4}/blocks/4.json").read_text())["tokens_per_expert"]
     least, middle, most = min(load_of_block), statistics.median(load_of_block), max(load_of_block)

@@ -87,6 +87,31 @@ def test_the_checkpoint_reads_as_the_same_model_in_bf16(pair):
         assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_may_be_in_other_types_and_are_exact(broken, dtype):
+    """BF16 as Qwen3's: planned, counted and decoded by the value that is stored."""
+    folder, weight = broken
+    stored = Checkpoint(folder).stored
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        change_tensor(folder, name, lambda scales: (scales * 1.003).to(dtype))
+    check_stored(folder, Checkpoint(folder).config, tensors_of(str(folder)))
+    source = Checkpoint(folder)
+    for name in (weight, "model.layers.1.mlp.experts.3.down_proj.weight"):
+        scales = load_file(folder / source.stored[f"{name}_scale_inv"])[f"{name}_scale_inv"]
+        assert scales.dtype == dtype
+        assert torch.equal(source.read([name])[name], tiny.plain_decoding(read_raw(source, name), scales.float()))
+    record = source_record("tiny", folder, None, {})
+    assert sum(record.dtypes.values()) == record.parameters and "F16" not in record.dtypes
+
+
+def test_a_quantization_under_its_earlier_name_is_refused_too(broken):
+    folder = broken[0]
+    config = json.loads((folder / "config.json").read_text())
+    config["compression_config"] = config.pop("quantization_config") | {"quant_method": "compressed-tensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "compression_config.quant_method: 'compressed-tensors'; expected 'fp8'" in refusal(folder)
+
+
 def read_raw(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return load_file(checkpoint.directory / checkpoint.stored[name])[name]
 
@@ -160,7 +185,7 @@ def test_a_source_that_is_quantized_otherwise_is_refused_by_name(broken, method)
     [
         ("fmt", "e5m2", "config.json: quantization_config.fmt: 'e5m2'; expected 'e4m3'"),
         ("weight_block_size", None, "quantization_config.weight_block_size: None; expected [rows, columns]"),
-        ("weight_block_size", [64, 128], "F32 [2, 2] found; expected F32 [3, 2] for a weight [192, 256]"),
+        ("weight_block_size", [64, 128], "F32 [2, 2] found; expected F32, BF16 or F16 [3, 2] for a weight [192, 256]"),
     ],
 )
 def test_an_fp8_config_that_does_not_fit_is_refused(broken, key, value, line):
@@ -179,13 +204,13 @@ def test_missing_factors_are_named(broken):
 
 @pytest.mark.parametrize(
     ("change", "found"),
-    [(lambda scales: scales[:1].clone(), r"F32 [1, 1]"), (lambda scales: scales.bfloat16(), r"BF16 [2, 1]")],
+    [(lambda scales: scales[:1].clone(), r"F32 [1, 1]"), (lambda scales: scales.double(), r"F64 [2, 1]")],
 )
 def test_factors_of_another_shape_or_type_are_refused(broken, change, found):
     folder, weight = broken
     change_tensor(folder, f"{weight}_scale_inv", change)
-    wanted = f"{weight}_scale_inv: {found} found; expected F32 [2, 1] for a weight [192, 128] in blocks of [128, 128]"
-    assert refusal(folder).startswith(f"{folder}: {wanted}")
+    wanted = f"{found} found; expected F32, BF16 or F16 [2, 1] for a weight [192, 128] in blocks of [128, 128]"
+    assert refusal(folder).startswith(f"{folder}: {weight}_scale_inv: {wanted}")
 
 
 def test_factors_of_a_weight_that_is_not_in_fp8_are_refused(broken):
@@ -196,8 +221,8 @@ def test_factors_of_a_weight_that_is_not_in_fp8_are_refused(broken):
 
 def test_other_types_are_refused(broken):
     folder, weight = broken
-    change_tensor(folder, "model.norm.weight", lambda tensor: tensor.half())
-    assert refusal(folder).startswith(f"{folder}: model.norm.weight is stored in F16; expected BF16, or F8_E4M3")
+    change_tensor(folder, "model.norm.weight", lambda tensor: tensor.short())
+    assert refusal(folder).startswith(f"{folder}: model.norm.weight is stored in I16; expected BF16, F16, F32, or")
 
 
 def test_config_and_tensors_have_to_agree_that_it_is_fp8(broken, pair, tmp_path):

@@ -127,6 +127,25 @@ def test_the_lock_of_a_hub_commit_is_that_of_its_files(client, pinned):
     assert lock.model_copy(update={"revision": pinned.revision}) == pinned
 
 
+def test_files_beside_the_weights_and_a_layer_that_the_index_forgot_are_locked_and_fetched(client, tmp_path):
+    """To the cache, and to a directory: a template is in a folder there too."""
+    folder = tiny.write_checkpoint(tmp_path / "glm", "glm4_moe", num_hidden_layers=2, mtp=True)
+    tiny.add_beside(folder)
+    tiny.forget_mtp(folder)
+    commit = client.hub.add("org/glm", folder)
+    client.run("lock", "org/glm", commit)
+    lock = read_json(client.directory / "lock.json", Lock)
+    wanted = make_lock("mine", folder)
+    assert lock.model_copy(update={"revision": wanted.revision}) == wanted
+    assert "mtp.safetensors" in lock.files and tiny.BESIDE.keys() <= lock.files.keys()
+    assert lock.left_behind == ["README.md", "figures/", "tool_parser.py"]
+    for name in ("additional_chat_templates/tool_use.jinja", "LICENSE"):
+        for directory in ("", "weights"):
+            client.run("file", "org/glm", commit, directory, name)
+            assert (client.directory / "links" / name).read_text() == tiny.BESIDE[name]
+        assert (client.directory / "weights" / name).read_text() == tiny.BESIDE[name]
+
+
 def test_a_lock_downloads_no_weights_and_keeps_nothing(client, pinned):
     client.lock()
     parts = [request for request in client.hub.requests if request.path.endswith(".safetensors")]

@@ -123,8 +123,8 @@ def test_counts_come_from_tensors(source):
 def test_other_types_and_unknown_families_are_refused(source):
     lock = make_lock("moe", source)
     name = min(lock.tensors)
-    lock.tensors[name].dtype = "F16"
-    with pytest.raises(RequantError, match=rf"{name} is stored in F16; expected BF16, or F8_E4M3"):
+    lock.tensors[name].dtype = "I16"
+    with pytest.raises(RequantError, match=rf"{name} is stored in I16; expected BF16, F16, F32, or F8_E4M3"):
         source_record("moe", source, lock, {})
     config = json.loads((source / "config.json").read_text()) | {"model_type": "gpt_oss"}
     (source / "config.json").write_text(json.dumps(config))

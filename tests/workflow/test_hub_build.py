@@ -10,7 +10,7 @@ from building import Build, lay_out
 from hub_server import Fault, Hub, sha256
 
 from requant.locks import make_lock
-from requant.records import CheckedFile, Lock, SourceRecord, read_json
+from requant.records import CheckedFile, Lock, PackRecord, SourceRecord, read_json
 
 NAME = "org/tiny"
 TARGET = "results/hub-w4/pack.json"
@@ -24,7 +24,10 @@ socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return tiny.write_checkpoint(tmp_path_factory.mktemp("source") / "tiny", "qwen3_moe", seed=3, shard_size="400KB")
+    folder = tmp_path_factory.mktemp("source") / "tiny"
+    tiny.write_checkpoint(folder, "qwen3_moe", seed=3, shard_size="400KB")
+    tiny.add_beside(folder)
+    return folder
 
 
 @pytest.fixture
@@ -83,7 +86,8 @@ def test_a_hub_model_is_locked_planned_offline_and_built_two_files_at_once(build
     hub.faults.append(Fault("slow", ".safetensors", 0.5, times=99))
     hub.most_at_once = 0
     build.run("results/hub-w4/blocks/0.safetensors")
-    arrived = list((build.directory / "results/source/tiny/checkpoint").iterdir())
+    checkpoint_folder = build.directory / "results/source/tiny/checkpoint"
+    arrived = [path for path in checkpoint_folder.rglob("*") if path.is_symlink()]
     assert len(arrived) == first["download"]
     build.run(TARGET)
     assert hub.most_at_once == 2
@@ -95,6 +99,11 @@ def test_a_hub_model_is_locked_planned_offline_and_built_two_files_at_once(build
     build.run("results/source/tiny/source.json")
     source = read_json(build.directory / "results/source/tiny/source.json", SourceRecord)
     assert source.revision == hub.branches[NAME, "main"] and source.routed_experts == 8
+    assert source.files_left_behind == ["README.md", "figures/", "tool_parser.py"]
+    pack = read_json(build.directory / TARGET, PackRecord)
+    for name, text in tiny.BESIDE.items():
+        assert pack.files[name].sha256 == locked.files[name].sha256
+        assert (build.directory / "results/hub-w4/model" / name).read_text() == text
 
 
 def test_a_wrong_file_of_the_users_stops_the_build_until_it_is_removed(build, hub):
