@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from requant.carried import TOKENIZERS
 from requant.checkpoint import Checkpoint
 from requant.config import Target
 from requant.errors import RequantError
@@ -86,7 +87,8 @@ def mirror(packed: Path, names: list[str], folder: Path) -> None:
             place.symlink_to(path.resolve())
         else:
             shutil.copyfile(path, place)
-    write_made(made_files(Checkpoint(folder)), folder)
+    if set(TOKENIZERS) & set(names):
+        write_made(made_files(Checkpoint(folder)), folder)
 
 
 def check_files(directory: str | Path, files: dict[str, FileEntry]) -> None:

@@ -84,7 +84,7 @@ def make_release(scheme: str, folder: Path, rows: int = 16) -> DemoRelease:
     packed = PackedCheckpoint(pack_demo(scheme, folder / "model"))
     save(folder / "tokens.safetensors", {"heldout": tokens, "heldout_mask": torch.ones_like(tokens).byte()})
     files = {path.name: file_entry(path) for path in packed.directory.iterdir()}
-    counts = dict.fromkeys(PackRecord.model_fields, 0)
+    counts = dict.fromkeys((name for name, field in PackRecord.model_fields.items() if field.is_required()), 0)
     named = {"release": "demo", "model": "demo", "scheme": scheme, "multi_token_prediction": "none", "files": files}
     write_json(folder / "pack.json", PackRecord(**counts | named | {"moe_blocks": 5}))
     text = first_rows(tokens, None, RECORDED)

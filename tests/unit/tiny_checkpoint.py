@@ -88,7 +88,7 @@ def make_packed(source: Path, directory: Path) -> Path:
 
 def pack_record(packed: Path) -> PackRecord:
     """What `pack` would say of `packed`: true files, counts of no meaning."""
-    counts = dict.fromkeys(PackRecord.model_fields, 0)
+    counts = dict.fromkeys((name for name, field in PackRecord.model_fields.items() if field.is_required()), 0)
     files = {path.name: file_entry(path) for path in packed.iterdir()}
     named = {"release": "tiny", "model": "tiny", "scheme": "NVFP4", "multi_token_prediction": "none", "files": files}
     return PackRecord(**counts | named)
