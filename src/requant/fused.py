@@ -414,7 +414,7 @@ def take_apart(
         if isinstance(module, Experts):
             inside = [linear for linear in linears if linear.startswith(f"{name}.")]
             if inside:
-                tuned = _tuned_experts(name, module, inside, scheme, schedule, iteration)
+                tuned = _tuned_experts(name, module, scheme, schedule, iteration)
                 block.set_submodule(name, tuned)
                 stacks += [tuned.gate_up, tuned.down]
                 waiting -= set(inside)
@@ -439,18 +439,12 @@ def together(linears: list[str]) -> list[list[str]]:
 
 
 def _tuned_experts(
-    name: str, experts: Experts, linears: list[str], scheme: Scheme, schedule: Schedule, iteration: Iteration
+    name: str, experts: Experts, scheme: Scheme, schedule: Schedule, iteration: Iteration
 ) -> TunedExperts:
     leaves = ("gate_proj", "up_proj", "down_proj")
-    every = [f"{name}.{expert}.{leaf}" for expert in range(len(experts)) for leaf in leaves]
     activation = type(experts[0].act_fn).__name__
     if not activation.startswith("SiLU"):
         raise RequantError(f"{name}: activation {activation}; expected SiLU, or tuning.engine: auto_round")
-    if left := sorted(set(every) - set(linears)):
-        raise RequantError(
-            f"{left[0]}: kept in BF16 while other experts' projections are quantized; expected all of a block's "
-            "routed experts alike, or tuning.engine: auto_round"
-        )
     gate_up = [(f"{name}.{number}.{leaf}", getattr(expert, leaf)) for number, expert in enumerate(experts)
                for leaf in leaves[:2]]  # fmt: skip
     down = [(f"{name}.{number}.down_proj", expert.down_proj) for number, expert in enumerate(experts)]

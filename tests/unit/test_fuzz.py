@@ -22,6 +22,7 @@ from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, parse
 from requant.disk import reference_files
 from requant.errors import RequantError
+from requant.layout import block_shapes
 from requant.locks import index_agrees, load_lock
 from requant.naming import entries
 from requant.preflight import check_context, check_group, check_model
@@ -214,8 +215,8 @@ MODEL = {
     "num_nextn_predict_layers": 0,
 }
 SHAPES = {"model.embed_tokens.weight": [32, 16], "model.norm.weight": [16], "lm_head.weight": [32, 16]}
-SHAPES |= {f"model.layers.{block}.input_layernorm.weight": [16] for block in range(2)}
-SHAPES |= {f"model.layers.1.mlp.experts.{expert}.up_proj.weight": [16, 16] for expert in range(4)}
+for block in range(2):
+    SHAPES |= {f"model.layers.{block}.{name}": shape for name, shape in block_shapes(MODEL, block).items()}
 
 
 def located() -> dict[str, TensorEntry]:
