@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_signround import random_stack
+from test_signround import clear_gradient, odd_stack, random_stack
 
 from requant.routed import Routing
 from requant.stacks import Stack
@@ -43,12 +43,47 @@ def test_a_step_is_the_cpus(scheme):
         assert (mine.cpu() != theirs).float().mean() < 0.01, "sums in another order may differ in sign near zero"
 
 
-@pytest.mark.parametrize("rounds", [True, False])
-def test_rows_of_experts_are_the_cpus(rounds):
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W8A16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_is_the_cpus_for_groups_of_every_kind(scheme, seed):
+    """Clamped scales, zeros, equal ends: and no sum that depends on its order."""
+    cpu = odd_stack(scheme, seed)
+    gpu, gradient = on_gpu(cpu), clear_gradient(cpu, seed)
+    cpu.step(gradient, 20, more=False)
+    gpu.step(gradient.cuda(), 20, more=False)
+    assert torch.equal(gpu.offsets.cpu(), cpu.offsets)
+    for mine, theirs in zip(gpu.shrinks, cpu.shrinks, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+    assert torch.equal(gpu.values().cpu(), cpu.values())
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16"])
+def test_a_stack_that_takes_its_moves_back_is_rounded_plainly(scheme):
+    moved, fresh = on_gpu(random_stack(scheme, tuned=True)), on_gpu(random_stack(scheme, tuned=False))
+    moved.reset()
+    assert torch.equal(moved.values(), fresh.values())
+
+
+@pytest.mark.parametrize("call", ["round_inputs", "spread", "gate"])
+def test_rows_that_are_no_whole_groups_are_not_rounded(call):
+    from requant import kernels_cuda
+
+    rows, token, scale = torch.randn(4, 24).bfloat16().cuda(), torch.arange(4).cuda(), torch.ones(4).cuda()
+    arguments = {"round_inputs": (rows, scale), "spread": (rows, token, scale), "gate": (rows, token, scale)}[call]
+    with pytest.raises(ValueError, match="expected a multiple of 16"):
+        getattr(kernels_cuda, call)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("width", "rounds"),
+    [(256, True), *((width, False) for width in (8, 40, 72, 136, 205, 256, 2056, 4100))],
+)
+def test_rows_of_experts_are_the_cpus(width, rounds):
+    """Any width where nothing is rounded: also those whose last columns fill no tile of 2048."""
     from requant import kernels_cpu, kernels_cuda
 
     draw = torch.Generator().manual_seed(4)
-    width, tokens, experts = 256, 96, 8
+    tokens, experts = 96, 8
     hidden = torch.randn(tokens, width, generator=draw).to(torch.bfloat16)
     gates, chosen = torch.rand(tokens, 2, generator=draw), torch.rand(tokens, experts, generator=draw).topk(2).indices
     routing = Routing.of(chosen, experts)
