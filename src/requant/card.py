@@ -653,7 +653,8 @@ def stored_as(dtypes: dict[str, int]) -> str:
 
 
 _FILTERS = (
-    wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
+    wording.number, wording.short, wording.size, wording.figure, wording.decibels, wording.scientific,
+    wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
     scheme_text, weight_bits, made, stored_as, rebuild_command, linear_table, tuning_table, lowered,

@@ -233,7 +233,7 @@ class TensorCheck(Record):
     block: int
     cosine: float
     relative_mae: float = Field(description="mean |error| / mean |weight|")
-    sqnr_db: float = Field(description="10 log10(sum w^2 / sum error^2)")
+    sqnr_db: float | None = Field(description="10 log10(sum w^2 / sum error^2); null for an exact weight")
 
 
 class VerifyRecord(StageRecord):
@@ -254,7 +254,7 @@ class VerifyRecord(StageRecord):
     highest_relative_mae: float | None
     mean_cosine: float | None
     mean_relative_mae: float | None
-    mean_sqnr_db: float | None
+    mean_sqnr_db: float | None = Field(description="exact weights left out; null if there is no other")
     codes_rederived: int = Field(description="tensors whose codes came out bit for bit from decoded weights and scales")
     scale_groups: int = Field(description="fused groups whose global scales are equal")
     public_decoder: str | None
