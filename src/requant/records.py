@@ -265,8 +265,15 @@ class VerifyRecord(StageRecord):
 class ModelQuality(Record):
     perplexity: float = Field(description="exp of the mean negative log-likelihood a token")
     kl_divergence: float = Field(description="mean KL(source || this) a token, nats; 0 for the source")
-    kl_divergence_stderr: float
+    kl_divergence_stderr: float | None = Field(
+        description="samples taken as independent, tokens of one sample not; null for a single sample"
+    )
     top1_agreement: float = Field(description="part of the tokens whose most likely next token is the source's")
+
+
+class KlChange(Record):
+    difference: float = Field(description="mean KL divergence a token, less that of the other model")
+    stderr: float | None = Field(description="as of a KL divergence, sample by sample; null for a single sample")
 
 
 class ReferenceText(Record):
@@ -296,6 +303,9 @@ class EvaluateRecord(StageRecord):
     source: ModelQuality
     rounded: ModelQuality | None = Field(description="plain rounding, iterations 0; null if nothing is quantized")
     quantized: ModelQuality = Field(description="the release")
+    kl_change: KlChange | None = Field(
+        None, description="of the release against plain rounding, on the same tokens; null if nothing is quantized"
+    )
     original: ModelQuality | None = Field(
         None, description="the model that `model` is pruned from, against itself; null if it is not pruned"
     )
