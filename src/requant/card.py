@@ -315,8 +315,9 @@ def tuning_table(provenance: Sequence[Provenance]) -> list[list[str]]:
 
 
 def lowered(block: BlockRecord) -> float | None:
-    """The part of a block's initial loss that tuning removed; None if there was no loss to lower."""
-    return 1 - block.loss_best / block.loss_initial if block.loss_initial > 0 else None
+    """The part of plain rounding's loss that tuning removed; None if there was no loss to lower."""
+    rounded, kept = block.compared
+    return 1 - kept / rounded if rounded > 0 else None
 
 
 def tuned(facts: ReleaseFacts) -> bool:

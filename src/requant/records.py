@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from requant.errors import RequantError, plain
 from requant.untrusted import json_object, open_file
@@ -156,11 +156,18 @@ class BlockRecord(StageRecord):
     engine_version: str
     settings: dict[str, Any] = Field(description="every tuning setting, defaults spelled out")
     seed: int = Field(description="the seed of this block, from (release, block)")
-    loss_initial: float = Field(description="MSE of the block's output at iteration 0, plain rounding")
+    loss_initial: float = Field(
+        description="MSE of the block's output at iteration 0, plain rounding, of its minibatch"
+    )
     loss_best: float = Field(description="minibatch loss at best_iteration")
     best_iteration: int = Field(description="the one whose rounding was kept")
     iterations: int = Field(description="iterations run")
     losses: list[float] = Field(description="minibatch loss at each iteration")
+    judged: dict[int, float] = Field(
+        {},
+        description="loss over all samples by iteration, of those that best_iteration was chosen from: plain rounding "
+        "(0), the lowest minibatch's, the last; empty where it was chosen by minibatches",
+    )
     quantized: dict[str, list[int]] = Field(description="quantized weights and their shapes [out, in]")
     kept: dict[str, str] = Field(description="Linears left in BF16, each with the reason")
     never_tuned: list[str] = Field(
@@ -169,6 +176,9 @@ class BlockRecord(StageRecord):
     shared_global_scale: list[list[str]] = Field(description="groups of weights that have one global scale (NVFP4)")
     tokens_per_expert: list[int]
     never_reached: list[int] = Field(description="experts that no calibration token reached: rounded, not tuned")
+    zero_inputs: list[str] = Field(
+        [], description="Linears that zeros alone reached (NVFP4): they have their peers' input scale, or 1"
+    )
     tokens: int
     seconds: float = Field(
         description="of tuning, encoding and the pass that feeds the next block; imports not counted"
@@ -178,6 +188,19 @@ class BlockRecord(StageRecord):
     device: str
     libraries: dict[str, str] = Field(description="versions of the libraries that the bytes depend on")
     sha256: str = Field(description="of the block's file")
+
+    @model_validator(mode="after")
+    def _judged_what_is_kept(self):
+        if self.judged and not {0, self.best_iteration} <= self.judged.keys():
+            raise ValueError(f"judged: {sorted(self.judged)}; expected 0 and best_iteration {self.best_iteration}")
+        return self
+
+    @property
+    def compared(self) -> tuple[float, float]:
+        """Loss of plain rounding and of what was kept: over all samples if `judged`, else of their minibatches."""
+        if self.judged:
+            return self.judged[0], self.judged[self.best_iteration]
+        return self.loss_initial, self.loss_best
 
 
 class CopiedBlock(StageRecord):
