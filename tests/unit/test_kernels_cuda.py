@@ -124,3 +124,46 @@ def test_a_block_is_tuned_as_on_the_cpu_and_twice_the_same(scheme):
         assert torch.equal(weight.weight, second.weights[name].weight), name
     assert first.losses[0] == pytest.approx(on_cpu.losses[0], rel=0.01)
     assert sum(first.losses) == pytest.approx(sum(on_cpu.losses), rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_block_of_uneven_widths_is_tuned_as_on_the_cpu(family):
+    """Its experts, which stay in BF16, run one by one there too, so that gradients pass them."""
+    from test_fused import UNEVEN, case, tuned
+
+    on_cpu, on_gpu = (
+        tuned(case(family, **UNEVEN[family]), keep=[r"mlp\.experts"], device=device) for device in ("cpu", "cuda")
+    )
+    assert on_gpu.weights.keys() == on_cpu.weights.keys()
+    assert on_gpu.losses[0] == pytest.approx(on_cpu.losses[0], rel=0.03)
+    assert sum(on_gpu.losses) == pytest.approx(sum(on_cpu.losses), rel=0.05)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_shipped_is_never_worse_than_plain_rounding(padded):
+    """Where values are made again at every use, as well."""
+    from test_fused import one_is_easy, plain_wins, tuned
+
+    found = tuned(one_is_easy(padded), "W3A16", batch_size=1, lr=0.3, device="cuda")
+    assert plain_wins(found, "cuda", padded)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16"])
+def test_what_is_kept_is_judged_as_on_the_cpu(scheme):
+    from test_fused import case, tuned
+
+    on_cpu, on_gpu = (tuned(case("qwen3", seed=2), scheme, device=device) for device in ("cpu", "cuda"))
+    assert on_gpu.judged[0] == pytest.approx(on_cpu.judged[0], rel=0.02)
+    assert on_gpu.judged[on_gpu.kept] == min(on_gpu.judged.values())
+    assert on_gpu.judged[on_gpu.kept] == pytest.approx(on_cpu.judged[on_cpu.kept], rel=0.05)
+
+
+def test_a_loss_that_is_no_number_ends_the_tuner():
+    from test_fused import case, tuned
+
+    from requant.tuned import NotFinite
+
+    it = case("qwen3")
+    it.targets[5, 7, 3] = 3e38
+    with pytest.raises(NotFinite, match=r"^loss (nan|inf) at iteration [0-3]; expected a finite number$"):
+        tuned(it, device="cuda")
