@@ -21,7 +21,7 @@ from requant.encoding import plain_rounding
 from requant.errors import RequantError
 from requant.grouped import ungroup
 from requant.jobs import peak_memory_bytes, progress
-from requant.packed import PackedCheckpoint, round_inputs
+from requant.packed import PackedCheckpoint, input_scale, round_inputs
 from requant.quantize import mean_squared_error
 from requant.records import (
     CalibrationRecord,
@@ -115,7 +115,7 @@ def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) ->
             rounded = plain_rounding(linear.weight, parts.get("weight_global_scale"), packed.scheme)
             linear.weight = nn.Parameter(rounded.weight, requires_grad=False)
             if packed.scheme.quantizes_activations:
-                round_inputs(linear, parts["input_global_scale"])
+                round_inputs(linear, input_scale(parts))
     return model.placed(block)
 
 

@@ -445,7 +445,7 @@ def take_apart(
     stacks = []
     waiting = set(linears)
     for name, module in list(block.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and module.weight.dtype == torch.bfloat16:
             block.set_submodule(name, Norm(module, kernels_for(module.weight.device)))
         if isinstance(module, Experts):
             inside = [linear for linear in linears if linear.startswith(f"{name}.")]

@@ -74,8 +74,18 @@ class PackedCheckpoint(Checkpoint):
         for weight in self.quantized:
             if weight.startswith(prefix):
                 linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
-                scale = self.parts(weight)["input_global_scale"]
-                round_inputs(linear, scale)
+                try:
+                    round_inputs(linear, input_scale(self.parts(weight)))
+                except RequantError as error:
+                    raise RequantError(f"{self.directory}: {weight}: {error}") from None
+
+
+def input_scale(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [1]: the static scale of a Linear's input, of its stored tensors. RequantError if it is none."""
+    scale = parts.get("input_global_scale", torch.zeros(0))
+    if scale.numel() != 1 or not bool((scale > 0) & scale.isfinite()):
+        raise RequantError(f"input_global_scale {scale.tolist()}; expected a finite number above 0")
+    return scale
 
 
 def round_inputs(linear: nn.Linear, scale: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from requant.checkpoint import Checkpoint
 from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
-from requant.packed import PackedCheckpoint, decoded_rows, decoded_shape
+from requant.packed import PackedCheckpoint, decoded_rows, decoded_shape, input_scale
 from requant.records import KeepList, TensorCheck, VerifyRecord, packed_as, write_json
 from requant.rows import row_parts
 from requant.schemes import Scheme
@@ -199,12 +199,10 @@ def check_weight(
 
     Some rows at a time: of a weight there is no more in memory than its source and its stored tensors.
     """
-    if scheme.is_nvfp4:
-        scale = parts.get("input_global_scale", torch.zeros(0))
-        if not len(scale) or not bool((scale > 0).all() & scale.isfinite().all()):
-            raise RequantError(f"{name}: input_global_scale {scale.tolist()}; expected a finite number above 0")
     sums, largest = np.zeros(6), 0.0
     try:
+        if scheme.quantizes_activations:
+            input_scale(parts)
         if (shape := decoded_shape(parts, scheme)) != list(source.shape):
             raise RequantError(f"shape {shape} decoded; the source has {list(source.shape)}")
         for rows, piece, decoded in decoded_rows(parts, scheme):

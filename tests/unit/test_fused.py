@@ -91,17 +91,18 @@ UNEVEN = {
 def test_widths_of_a_block_need_be_no_multiples_of_16(family, scheme):
     """Norms, attention and experts of any width, around the Linears that fit: the losses are those of what is shipped,
     and where no router can choose otherwise, AutoRound's."""
-    it, keep = case(family, **UNEVEN[family]), [r"mlp\.experts"]
-    ours = tuned(it, scheme, keep=keep)
+    it = case(family, samples=8, tokens=16, **UNEVEN[family])
+    settings = {"keep": [r"mlp\.experts"], "iters": 6}
+    ours = tuned(it, scheme, **settings)
     assert ours.weights and all(map(math.isfinite, ours.losses))
-    plain = tuned(it, scheme, keep=keep, iters=1)
+    plain = tuned(it, scheme, **settings | {"iters": 1})
     for loss, weights in ((ours.judged[0], plain.weights), (ours.judged[ours.kept], ours.weights)):
         assert loss == pytest.approx(shipped_error(it, scheme, weights), rel=0.05)
     if scheme == "NVFP4" and family in ("llama", "qwen3"):
-        theirs = tuned(it, scheme, "auto_round", keep=keep)
+        theirs = tuned(it, scheme, "auto_round", **settings)
         assert ours.weights.keys() == theirs.weights.keys()
         assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=0.03)
-        assert sum(ours.losses) == pytest.approx(sum(theirs.losses), rel=0.03)
+        assert sum(ours.losses) == pytest.approx(sum(theirs.losses), rel=0.05)
 
 
 def test_rows_that_auto_round_makes_no_integers_of_are_refused_before_it_starts():
@@ -200,6 +201,14 @@ def test_norms_and_attention_have_the_outputs_and_gradients_of_transformers(fami
     for theirs, mine in zip(*found, strict=True):
         assert (mine - theirs).norm() < 0.01 * theirs.norm()
     assert it.model.config._attn_implementation == "sdpa", "what is chosen for tuning does not stay"
+
+
+def test_a_norm_in_float32_stays_transformers_own():
+    block = case("llama").model.block(1)
+    block.input_layernorm.float()
+    fused.take_apart(block, [], SCHEMES["NVFP4"], fused.Schedule(1, 1, 1, True), fused.Iteration())
+    assert not isinstance(block.input_layernorm, fused.Norm)
+    assert isinstance(block.post_attention_layernorm, fused.Norm)
 
 
 def same(first, second) -> bool:

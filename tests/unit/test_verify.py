@@ -315,6 +315,8 @@ def test_an_input_scale_that_is_not_there_or_no_scale_is_named(source, nvfp4_rel
         edit(nvfp4_release[1], f"{NAME}.input_global_scale", lambda tensor, value=value: tensor.fill_(value))
         with pytest.raises(RequantError, match=rf"{NAME}.weight: input_global_scale \["):
             check(source, nvfp4_release)
+        with pytest.raises(RequantError, match=rf"{NAME}.weight: input_global_scale \["):
+            StreamedModel(PackedCheckpoint(nvfp4_release[1] / "model")).block(1, quantize_activations=True)
     parts = PackedCheckpoint(nvfp4_release[1] / "model").parts(f"{NAME}.weight")
     del parts["input_global_scale"]
     with pytest.raises(RequantError, match=r"^x: input_global_scale \[\]; expected a finite number above 0"):
