@@ -20,7 +20,7 @@ from requant.config import Tuning
 from requant.encoding import QuantizedWeight
 from requant.errors import RequantError
 from requant.schemes import Scheme
-from requant.tuned import Tuned, lowest, settings
+from requant.tuned import Tuned, check_finite, lowest, settings
 
 
 class OneBlockModel(nn.Module):
@@ -65,9 +65,11 @@ def tune(
 
     hidden, targets: BF16 [n, T, width], the block's inputs and the full-precision block's outputs. mask: [n, T],
     1 for tokens that count, or None. Linears carry `weight_global_scale` and `act_max` where the scheme has them.
-    report: called with (iteration, loss) as tuning goes on. Raises RequantError if AutoRound left one of `linears`
-    in 16 bits.
+    report: called with (iteration, loss) as tuning goes on. Raises RequantError if AutoRound leaves one of `linears`
+    in 16 bits, NotFinite at a loss that is no number.
     """
+    if not scheme.is_nvfp4:
+        _check_rows(block, linears)
     from auto_round import AutoRound, SignRoundConfig
 
     inner = block if mask is None else MaskedBlock(block)
@@ -130,6 +132,16 @@ def tune(
     return Tuned(_collect(block, linears, scheme), found, lowest(found, tuning))
 
 
+def _check_rows(block: nn.Module, linears: list[str]) -> None:
+    """AutoRound leaves a Linear in 16 bits whose weight has no multiple of 32 rows, if it is to be integers."""
+    for name in linears:
+        if (rows := len(block.get_submodule(name).weight)) % 32:
+            raise RequantError(
+                f"{name}: {rows} rows; AutoRound {engine_version()} makes integers of multiples of 32: add it to "
+                "`keep`, or take tuning.engine: fused"
+            )
+
+
 def seed_everything(seed: int) -> None:
     """Seeds every generator that AutoRound draws from, so that a block does not depend on what ran before it."""
     random.seed(seed)
@@ -143,7 +155,10 @@ def engine_version() -> str:
 
 
 class LossLog(logging.Handler):
-    """Reads the unrounded loss of each iteration from the arguments of AutoRound's debug records."""
+    """Reads the unrounded loss of each iteration from the arguments of AutoRound's debug records.
+
+    One that is NaN or infinite ends AutoRound's call, by NotFinite.
+    """
 
     def __init__(self, report: Callable[[int, float], None]):
         super().__init__(logging.DEBUG)
@@ -153,6 +168,7 @@ class LossLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if str(record.msg).startswith("iter %d loss:"):
             iteration, loss = record.args[:2]
+            check_finite(float(loss), int(iteration))
             self.values.append(float(loss))
             self.report(int(iteration), float(loss))
 

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from requant import card_serving, wording
 from requant.errors import RequantError
 from requant.evidence import METHOD_TEXT, OBSERVE_TEXT, Evidence, kept_shares, load_evidence, rival_table
+from requant.paired import Z95
 from requant.provenance import Provenance
 from requant.records import (
     BenchmarkRecord,
@@ -314,8 +315,9 @@ def tuning_table(provenance: Sequence[Provenance]) -> list[list[str]]:
 
 
 def lowered(block: BlockRecord) -> float | None:
-    """The part of a block's initial loss that tuning removed; None if there was no loss to lower."""
-    return 1 - block.loss_best / block.loss_initial if block.loss_initial > 0 else None
+    """The part of plain rounding's loss that tuning removed; None if there was no loss to lower."""
+    rounded, kept = block.compared
+    return 1 - kept / rounded if rounded > 0 else None
 
 
 def tuned(facts: ReleaseFacts) -> bool:
@@ -324,24 +326,34 @@ def tuned(facts: ReleaseFacts) -> bool:
 
 
 class TuningEffect(NamedTuple):
-    """Plain rounding against the release: KL divergence (nats a token) and what became of it."""
+    """Plain rounding against the release: KL divergence (nats a token) and what became of it.
+
+    stderr: of the difference; None where one sample was measured. clear: whether 95 % of chance leave its sign.
+    """
 
     rounded: float
     tuned: float
     change: float
+    stderr: float | None
     clear: bool
 
 
 def tuning_effect(facts: ReleaseFacts) -> TuningEffect:
-    """What tuning did to the KL divergence; `clear` if the change exceeds the standard error of a difference.
+    """What tuning did to the KL divergence.
 
-    The two are measured on the same tokens, so the error of independent samples is an upper bound.
+    The two are measured on the same tokens. A record without the standard error of their difference has that of
+    independent samples, an upper bound.
     """
     rounded, quantized = facts.evaluate.rounded, facts.evaluate.quantized
     difference = quantized.kl_divergence - rounded.kl_divergence
     change = difference / rounded.kl_divergence if rounded.kl_divergence > 0 else 0.0
-    error = math.hypot(rounded.kl_divergence_stderr, quantized.kl_divergence_stderr)
-    return TuningEffect(rounded.kl_divergence, quantized.kl_divergence, change, abs(difference) > error)
+    errors = [rounded.kl_divergence_stderr, quantized.kl_divergence_stderr]
+    if facts.evaluate.kl_change is not None:
+        error = facts.evaluate.kl_change.stderr
+    else:
+        error = None if None in errors else math.hypot(*errors)
+    clear = error is not None and abs(difference) > Z95 * error
+    return TuningEffect(rounded.kl_divergence, quantized.kl_divergence, change, error, clear)
 
 
 class ExpertLoad(NamedTuple):
@@ -684,7 +696,8 @@ def left_out_texts(tensors: dict[str, str]) -> list[str]:
 
 
 _FILTERS = (
-    wording.number, wording.short, wording.size, wording.figure, wording.scientific, wording.with_error,
+    wording.number, wording.short, wording.size, wording.figure, wording.decibels, wording.scientific,
+    wording.with_error,
     wording.decimals, wording.percent, wording.duration, wording.setting, wording.flat, wording.ranges,
     wording.files, wording.origin, wording.listing, wording.cell, wording.fence, wording.plural,
     scheme_text, weight_bits, made, stored_as, rebuild_command, linear_table, tuning_table, lowered,

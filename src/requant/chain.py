@@ -14,6 +14,7 @@ import torch
 from requant.architecture import block_of, expert_counts
 from requant.checkpoint import Checkpoint
 from requant.disk import heldout_beside
+from requant.errors import RequantError
 from requant.jobs import peak_memory_bytes
 from requant.reap import Watch
 from requant.records import KeepList, RoutingRecord, write_json
@@ -28,6 +29,11 @@ def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None
     """The masks of a token file for `calibration` and `heldout`; None where no token is padding."""
     masks = {part: tokens[f"{part}_mask"] for part in ("calibration", "heldout")}
     return {part: None if bool(mask.all()) else mask for part, mask in masks.items()}
+
+
+def finite(states: torch.Tensor) -> bool:
+    """Whether hidden states [n, T, width] have neither NaN nor infinite values."""
+    return all(bool(sample.isfinite().all()) for sample in states)
 
 
 def save_states(path: str | Path, states: dict[str, torch.Tensor]) -> None:
@@ -86,6 +92,12 @@ def run_reference_block(
     module = model.block(block)
     watches = {"calibration": Watch(), "heldout": None}
     seen = {part: observe(model, module, hidden[part], masks[part], watch=watch) for part, watch in watches.items()}
+    for part, found in seen.items():
+        if not finite(found.output):
+            raise RequantError(
+                f"{model_name} block {block}: its output has NaN or infinite values over the {part} tokens; expected "
+                "finite ones: this model can't be run in BF16 on them"
+            )
     save_states(out_hidden, {part: found.output for part, found in seen.items()})
     write_table(out_saliency, watches["calibration"].table(group_count(model.checkpoint.config)))
     counts = seen["calibration"].tokens_per_expert

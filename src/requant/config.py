@@ -211,7 +211,8 @@ class Tuning(Section):
     judge: Literal["samples", "minibatch"] | None = Field(
         None,
         description="what best_mse goes by. minibatch, as AutoRound: the lowest loss of any one minibatch. samples "
-        "(the default of fused): of those parameters and the last ones, whichever have the lower loss over all samples",
+        "(the default of fused): of those parameters, the last ones and plain rounding, whichever have the lowest loss "
+        "over all samples",
     )
     seed: Seed = Field(42, description="with release and block it gives each block's seed")
     threads: PositiveInt = Field(1, description="CPU threads of a tuning job; a part of what the bytes depend on")

@@ -51,16 +51,25 @@ def nvfp4(packed: np.ndarray, scale_bytes: np.ndarray, tensor_scale: float) -> n
     if not np.isfinite(scales).all() or (scales < 0).any():
         raise RequantError("weight_scale: NaN or negative values; expected finite e4m3 numbers of 0 or more")
     weights = E2M1[nvfp4_codes(packed)].reshape(rows, -1, 16)
-    return (weights * (scales / np.float32(tensor_scale))[..., None]).reshape(rows, -1)
+    weights *= (scales / np.float32(tensor_scale))[..., None]
+    return weights.reshape(rows, -1)
 
 
 def int_codes(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """int32 words [out, ceil(bits * in / 32)] -> signed codes int8 [out, in]."""
-    stream = np.unpackbits(packed.astype("<i4").view(np.uint8), axis=1, bitorder="little")
-    if stream.shape[1] < bits * columns:
+    """int32 words [out, ceil(bits * in / 32)] -> signed codes int8 [out, in]: bytes by bytes, eight codes in `bits`."""
+    if 32 * packed.shape[1] < bits * columns:
         raise RequantError(f"weight_packed: {packed.shape[1]} words a row; expected {-(-bits * columns // 32)}")
-    digits = stream[:, : bits * columns].reshape(packed.shape[0], columns, bits).astype(np.int16)
-    return ((digits << np.arange(bits, dtype=np.int16)).sum(-1) - (1 << (bits - 1))).astype(np.int8)
+    rows, eights = packed.shape[0], -(-columns // 8)
+    stream = packed.astype("<i4", copy=False).view(np.uint8)[:, : bits * eights]
+    stream = np.pad(stream, ((0, 0), (0, bits * eights - stream.shape[1]))).reshape(rows, eights, bits)
+    codes = np.empty((rows, eights, 8), dtype=np.int8)
+    for place in range(8):
+        first, shift = bits * place // 8, bits * place % 8
+        pair = stream[..., first].astype(np.uint16)
+        if shift + bits > 8:
+            pair |= stream[..., first + 1].astype(np.uint16) << 8
+        codes[..., place] = (pair >> shift & ((1 << bits) - 1)).astype(np.int16) - (1 << (bits - 1))
+    return codes.reshape(rows, -1)[:, :columns]
 
 
 def integers(packed: np.ndarray, scales: np.ndarray, bits: int, shape: tuple[int, int]) -> np.ndarray:
@@ -76,5 +85,6 @@ def integers(packed: np.ndarray, scales: np.ndarray, bits: int, shape: tuple[int
     if not np.isfinite(scales).all():
         raise RequantError("weight_scale: NaN or infinite values; expected finite numbers")
     group = columns // scales.shape[1]
-    codes = int_codes(packed, bits, columns).astype(np.float32).reshape(rows, -1, group)
-    return (codes * scales[..., None]).reshape(rows, columns)
+    weights = int_codes(packed, bits, columns).astype(np.float32).reshape(rows, -1, group)
+    weights *= scales[..., None]
+    return weights.reshape(rows, columns)

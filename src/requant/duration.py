@@ -209,7 +209,7 @@ def block_traces(results: Path, scheme: Scheme, tuning: Tuning, calibration: Cal
 def modelled_seconds(
     structure: Structure | ModelShapes, kind: Kind | BlockShapes, calibration: Calibration, tuning: Tuning, rates: Rates
 ) -> tuple[float, float]:
-    """Seconds of a quantize job by the model: (its iterations and the choice between two results, its passes)."""
+    """Seconds of a quantize job by the model: (its iterations and the choice among its results, its passes)."""
     length = calibration.seqlen
     weights = sum(rows * columns for rows, columns in kind.linear_shapes.values())
     batch = min(tuning.batch_size, calibration.nsamples)
@@ -219,7 +219,7 @@ def modelled_seconds(
     everything = pass_work(kind, structure.config, calibration.nsamples * length, length)
     if tuning.iters and tuning.judges_by_samples:
         batches = -(-calibration.nsamples // batch)
-        seconds += 2 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
+        seconds += 3 * (batches * (rates.iteration + weights * rates.weight) + everything * rates.operation)
     return rates.start + seconds, PASSES[tuning.inputs] * everything * rates.pass_operation
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from requant import int_pack, nvfp4, signround
+from requant.rows import by_rows, row_parts
 from requant.schemes import Scheme
 
 
@@ -27,22 +28,31 @@ class QuantizedWeight:
 
 def codes(quantized: QuantizedWeight, scheme: Scheme) -> torch.Tensor:
     """Codes [out, in]: a function of weight and scales alone."""
-    if scheme.is_nvfp4:
-        return nvfp4.round_to_codes(quantized.weight, quantized.scales, quantized.tensor_scale)
-    return int_pack.round_to_codes(quantized.weight, quantized.scales, scheme.weight_bits)
+
+    def work(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        if scheme.is_nvfp4:
+            return nvfp4.round_to_codes(weight, scales, quantized.tensor_scale)
+        return int_pack.round_to_codes(weight, scales, scheme.weight_bits)
+
+    return by_rows(work, quantized.weight, quantized.scales)
 
 
 def plain_rounding(weight: torch.Tensor, tensor_scale: torch.Tensor | None, scheme: Scheme) -> QuantizedWeight:
     """`weight` [out, in] rounded to nearest with the scales of its largest magnitudes: iteration 0 of tuning."""
-    if scheme.is_nvfp4:
-        tensor_scale = tensor_scale.to(weight.device)
-        rounded = signround.round_nvfp4(weight.float(), 0.0, 1.0, tensor_scale.expand(len(weight)))
-        steps = (rounded.scales / tensor_scale).repeat_interleave(scheme.group_size, dim=-1)  # as a decoder has them
-        grid, scales = rounded.codes * steps, rounded.scales.to(torch.float8_e4m3fn)
-    else:
+    tensor_scale = tensor_scale if tensor_scale is None else tensor_scale.to(weight.device)
+    rounded = [_rounded(weight[part], tensor_scale, scheme) for part in row_parts(*weight.shape, weight.device)]
+    grid, scales = map(torch.cat, zip(*rounded, strict=True))
+    return QuantizedWeight(grid, scales, tensor_scale)
+
+
+def _rounded(weight: torch.Tensor, tensor_scale: torch.Tensor | None, scheme: Scheme) -> tuple:
+    """(BF16 values, scales) of some rows."""
+    if not scheme.is_nvfp4:
         rounded = signround.round_integers(weight, 0.0, 1.0, 1.0, scheme.weight_bits, scheme.group_size)
-        grid, scales = rounded.values, rounded.scales
-    return QuantizedWeight(grid.to(torch.bfloat16), scales, tensor_scale)
+        return rounded.values.to(torch.bfloat16), rounded.scales
+    rounded = signround.round_nvfp4(weight.float(), 0.0, 1.0, tensor_scale.expand(len(weight)))
+    steps = (rounded.scales / tensor_scale).repeat_interleave(scheme.group_size, dim=-1)  # as a decoder has them
+    return (rounded.codes * steps).to(torch.bfloat16), rounded.scales.to(torch.float8_e4m3fn)
 
 
 def encode(

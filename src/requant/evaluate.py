@@ -14,17 +14,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from requant.chain import load_masks
+from requant import paired
+from requant.chain import finite, load_masks
 from requant.checkpoint import Checkpoint
 from requant.encoding import plain_rounding
+from requant.errors import RequantError
 from requant.grouped import ungroup
 from requant.jobs import peak_memory_bytes, progress
-from requant.packed import PackedCheckpoint, round_inputs
+from requant.packed import PackedCheckpoint, input_scale, round_inputs
 from requant.quantize import mean_squared_error
 from requant.records import (
     CalibrationRecord,
     EvaluateRecord,
     KeepList,
+    KlChange,
     ModelQuality,
     PruneEvaluateRecord,
     ReferenceText,
@@ -43,45 +46,57 @@ LABELS = {"rounded": "rounded", "quantized": "as released"}
 
 @dataclass
 class Tally:
-    """Running sums over predicted tokens of one model, float64."""
+    """Running sums over predicted tokens of one model, float64. kl: of each sample, (sum, tokens)."""
 
     tokens: int = 0
     loss: float = 0.0
-    kl: float = 0.0
-    kl_squared: float = 0.0
     agreeing: int = 0
+    kl: list[tuple[float, float]] = field(default_factory=list)
 
     def add(self, logits: torch.Tensor, source: torch.Tensor, labels: torch.Tensor) -> None:
-        """logits, source: float32 [tokens, vocabulary]; labels: [tokens], the tokens that came next."""
+        """One sample. logits, source: float32 [tokens, vocabulary]; labels: [tokens], the tokens that came next."""
         ours, theirs = logits.double().log_softmax(-1), source.double().log_softmax(-1)
-        kl = (theirs.exp() * (theirs - ours)).sum(-1)
         self.tokens += len(labels)
         self.loss -= float(ours.gather(-1, labels[:, None]).sum())
-        self.kl += float(kl.sum())
-        self.kl_squared += float(kl.square().sum())
         self.agreeing += int((logits.argmax(-1) == source.argmax(-1)).sum())
+        self.kl.append((float((theirs.exp() * (theirs - ours)).sum()), len(labels)))
 
     def quality(self) -> ModelQuality:
-        mean = self.kl / self.tokens
-        variance = max(self.kl_squared / self.tokens - mean**2, 0.0)
+        """Tokens of one sample are not independent: the standard error of their mean is that of a ratio of sums over
+        samples, `paired.standard_error`."""
         return ModelQuality(
             perplexity=math.exp(self.loss / self.tokens),
-            kl_divergence=max(mean, 0.0),
-            kl_divergence_stderr=math.sqrt(variance / self.tokens),
+            kl_divergence=max(paired.score(self.kl), 0.0),
+            kl_divergence_stderr=paired.standard_error(self.kl),
             top1_agreement=self.agreeing / self.tokens,
         )
 
 
+def kl_change(before: Tally, after: Tally) -> KlChange:
+    """What became of the KL divergence between two models on the same samples, as differences of their sums."""
+    rows = [(new - old, tokens) for (old, tokens), (new, _) in zip(before.kl, after.kl, strict=True)]
+    return KlChange(difference=paired.score(rows), stderr=paired.standard_error(rows))
+
+
 @dataclass
 class Chain:
-    """Hidden states of one of the models on their way through the blocks."""
+    """Hidden states of one of the models, by its name, on their way through the blocks."""
 
+    name: str
     hidden: torch.Tensor
     errors: list[float] = field(default_factory=list)
 
     def advance(self, model: StreamedModel, block: nn.Module, target: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Runs `block` and notes the mean squared error against the reference chain."""
+        """Runs `block` and notes the mean squared error against the reference chain.
+
+        Raises RequantError at hidden states that are no numbers.
+        """
         self.hidden = observe(model, block, self.hidden, mask).output
+        if not finite(self.hidden):
+            raise RequantError(
+                f"{self.name}: block {len(self.errors)}: its output has NaN or infinite values over the held-out "
+                "tokens; expected finite ones"
+            )
         self.errors.append(mean_squared_error(self.hidden, target, mask))
 
 
@@ -100,7 +115,7 @@ def rounded_block(model: StreamedModel, packed: PackedCheckpoint, index: int) ->
             rounded = plain_rounding(linear.weight, parts.get("weight_global_scale"), packed.scheme)
             linear.weight = nn.Parameter(rounded.weight, requires_grad=False)
             if packed.scheme.quantizes_activations:
-                round_inputs(linear, parts["input_global_scale"])
+                round_inputs(linear, input_scale(parts))
     return model.placed(block)
 
 
@@ -131,8 +146,8 @@ def evaluate(
     tokens_file = load(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
     reference = load(hidden[0], "heldout")["heldout"]
-    chains = {"rounded": Chain(reference)} if packed.scheme.quantizes else {}
-    chains["quantized"] = Chain(reference)
+    names = ("rounded", "quantized") if packed.scheme.quantizes else ("quantized",)
+    chains = {name: Chain(f"{release} {LABELS[name]}", reference) for name in names}
     text = first_rows(tokens, mask, RECORDED)
     # Activations in BF16, of that text alone: an engine that is given decoded weights has them so.
     alone = reference[: len(text), : max(map(len, text))] if packed.scheme.quantizes_activations else None
@@ -160,6 +175,7 @@ def evaluate(
         if quantizes
         else "BF16",
         **{"rounded": None} | {name: found.quality() for name, found in tallies.items()},
+        kl_change=kl_change(tallies["rounded"], tallies["quantized"]) if "rounded" in tallies else None,
         **against_original(original, original_hidden, chains["quantized"].hidden, tokens, mask),
         block_mse=[{name: chain.errors[index] for name, chain in chains.items()} for index in range(original.blocks)],
         reference_text=ReferenceText(
@@ -203,7 +219,7 @@ def evaluate_pruned(
     tokens_file = load(tokens_path)
     tokens, mask = tokens_file["heldout"], load_masks(tokens_file)["heldout"]
     reference = load(hidden[0], "heldout")["heldout"]
-    chain = Chain(reference)
+    chain = Chain(keep.model, reference)
     for index in range(original.blocks):
         reference = load(hidden[index + 1], "heldout")["heldout"]
         chain.advance(pruned, pruned.block(index), reference, mask)

@@ -25,7 +25,7 @@ from requant.routed import ROW_MULTIPLE, Routing
 from requant.schemes import Scheme
 from requant.stacks import LARGEST_PART, Schedule, Stack, kernels_for
 from requant.threads import in_parts, side_by_side
-from requant.tuned import Tuned, lowest, settings
+from requant.tuned import Tuned, check_finite, lowest, settings
 
 # Elements that a block's dense part leaves for its backward pass, a token, for each input and output of its Linears.
 DENSE_ACTIVATIONS = 1.9
@@ -294,7 +294,8 @@ def tune(
 
     hidden, targets: BF16 [n, T, width], the block's inputs and the full-precision block's outputs. mask: [n, T],
     1 for tokens that count, or None. Linears carry `weight_global_scale` and `act_max`, float32 [1], where the
-    scheme has them. report: called with (iteration, loss) as tuning goes on.
+    scheme has them. report: called with (iteration, loss) as tuning goes on. Raises NotFinite at a loss that is no
+    number.
     """
     device = torch.device(tuning.device)
     chosen = settings(scheme, tuning)
@@ -318,15 +319,20 @@ def tune(
     def in_batches(samples: list[int]) -> list[list[int]]:
         return [samples[start : start + tuning.batch_size] for start in range(0, len(samples), tuning.batch_size)]
 
-    def error_of_all() -> float:
+    def loss_of_all() -> float:
         every = in_batches(list(range(len(hidden))))
-        return sum(squared_error(part, *rows).item() for part, rows in fed(device, [hidden, targets], every))
+        error = sum(squared_error(part, *rows).item() for part, rows in fed(device, [hidden, targets], every))
+        return error / (tokens_of(every) * hidden.shape[-1])
+
+    def tokens_of(batches: list[list[int]]) -> int:
+        samples = [sample for batch in batches for sample in batch]
+        return len(samples) * hidden.shape[1] if mask is None else int(mask[samples].sum())
 
     feed = fed(device, [hidden, targets], (part for samples in order for part in in_batches(samples)))
     attention = attention_chosen(block, device, hidden.shape[1])
     with side_by_side(tuning.threads), attention, same_bytes(device), closing(feed):
         for index, samples in enumerate(order):
-            tokens = len(samples) * hidden.shape[1] if mask is None else int(mask[samples].sum())
+            tokens = tokens_of([samples])
             iteration.index, total = index, 0.0
             parts = len(in_batches(samples))
             for number in range(parts):
@@ -334,6 +340,7 @@ def tune(
                 with torch.set_grad_enabled(index + 1 < tuning.iters):
                     loss = squared_error(part, *rows) / (tokens * hidden.shape[-1])
                 total += loss.item()
+                check_finite(total, index)
                 iteration.more = number + 1 < parts
                 if not iteration.more and is_kept(total, losses, tuning):
                     for stack in stacks:
@@ -342,20 +349,49 @@ def tune(
                     loss.backward()
             losses.append(total)
             report(index, total)
-        kept, last = lowest(losses, tuning), len(losses) - 1
-        if tuning.judges_by_samples and kept != last:
+        kept, judged = lowest(losses, tuning), {}
+        if tuning.judges_by_samples:
             with torch.no_grad():
-                error_of_last = error_of_all()
-                for stack in stacks:
-                    stack.show_kept(True)
-                error_of_kept = error_of_all()
-            for stack in stacks:
-                stack.show_kept(False)
-            if error_of_last < error_of_kept:
-                kept = last
-                for stack in stacks:
-                    stack.keep()
-    return Tuned({name: weight for stack in stacks for name, weight in stack.quantized().items()}, losses, kept)
+                kept, judged = keep_best(stacks, kept, len(losses) - 1, loss_of_all)
+    weights = {name: weight for stack in stacks for name, weight in stack.quantized().items()}
+    return Tuned(weights, losses, kept, judged)
+
+
+def keep_best(
+    stacks: list[Stack], kept: int, last: int, loss_of_all: Callable[[], float]
+) -> tuple[int, dict[int, float]]:
+    """(the iteration whose parameters are kept, the loss over all samples of each that there was to choose from).
+
+    Of iteration `kept`, whose parameters the stacks have kept, of the `last` one, whose they have now, and of plain
+    rounding, iteration 0. What they have now is lost: there is no room for it beside plain rounding's.
+    """
+
+    def measure(iteration: int) -> None:
+        judged[iteration] = loss_of_all()
+        check_finite(judged[iteration], iteration, "loss over all samples")
+
+    def keep_if_better(iteration: int) -> int:
+        if iteration == kept or judged[iteration] >= judged[kept]:
+            return kept
+        for stack in stacks:
+            stack.keep()
+        return iteration
+
+    judged: dict[int, float] = {}
+    measure(last)
+    if kept != last:
+        for stack in stacks:
+            stack.show_kept(True)
+        measure(kept)
+        for stack in stacks:
+            stack.show_kept(False)
+        kept = keep_if_better(last)
+    if 0 not in judged:
+        for stack in stacks:
+            stack.reset()
+        measure(0)
+        kept = keep_if_better(0)
+    return kept, dict(sorted(judged.items()))
 
 
 def peak_bytes(block: nn.Module, tokens: int, choices: int, scheme: Scheme, iters: int) -> int:
@@ -409,7 +445,7 @@ def take_apart(
     stacks = []
     waiting = set(linears)
     for name, module in list(block.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and module.weight.dtype == torch.bfloat16:
             block.set_submodule(name, Norm(module, kernels_for(module.weight.device)))
         if isinstance(module, Experts):
             inside = [linear for linear in linears if linear.startswith(f"{name}.")]
@@ -418,6 +454,8 @@ def take_apart(
                 block.set_submodule(name, tuned)
                 stacks += [tuned.gate_up, tuned.down]
                 waiting -= set(inside)
+            else:
+                module.grouped = None  # it gives no gradient to what comes before the experts
     for names in together(sorted(waiting)):
         modules = [block.get_submodule(name) for name in names]
         stack = _stack(names, modules, scheme, schedule)

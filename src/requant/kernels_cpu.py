@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from requant.nvfp4 import check_width
 from requant.stacks import Stack
 from requant.threads import in_parts
 
@@ -87,9 +88,15 @@ def _peaks(row, peaks):
 
 
 @inner
+def _unrounded_scale(peak, tensor_scale):
+    """What the scale of a group is rounded from, and clamped to 448: beyond that it does not move."""
+    return tensor_scale * (peak * F32(1.0 / 6.0))
+
+
+@inner
 def _nvfp4_scale(peak, tensor_scale):
     """The scale, an e4m3 number, of a group's largest magnitude."""
-    return _e4m3(min(tensor_scale * (peak * F32(1.0 / 6.0)), F32(448)))
+    return _e4m3(min(_unrounded_scale(peak, tensor_scale), F32(448)))
 
 
 @row_part
@@ -149,7 +156,7 @@ def _nvfp4_step(
                 direction = _sign(slope) if inside else np.int32(0)
                 offsets[row, group, lane] = np.int32(offsets[row, group, lane]) - move * direction
         for group in range(groups):
-            if inverses[group] != F32(0):
+            if inverses[group] != F32(0) and _unrounded_scale(peaks[group], tensor_scale[row]) <= F32(448):
                 moved = shrink[row, group] + shrink_move * _sign(_sum(terms[group]))
                 shrink[row, group] = min(max(moved, 0), most)
             peaks[group] = full[group] * (F32(1) - shrink_unit * F32(shrink[row, group]))
@@ -207,8 +214,7 @@ def _round_row_backward(gradient, values, tensor_scale, peaks, inverses, steps, 
             terms[group, lane] = slope * (_e2m1(scaled) - (scaled if inside else F32(0)))
             out[group, lane] = slope if inside else F32(0)
     for group in range(len(values)):
-        clamped = tensor_scale * (peaks[group] * F32(1.0 / 6.0)) > F32(448)
-        if inverses[group] != F32(0) and not clamped:
+        if inverses[group] != F32(0) and _unrounded_scale(peaks[group], tensor_scale) <= F32(448):
             lane = np.uint32(largest[group])
             through_scale = _sum(terms[group]) * F32(1.0 / 6.0)
             out[group, lane] += through_scale if _float(values[group, lane]) > F32(0) else -through_scale
@@ -384,43 +390,45 @@ def _gated_row_backward(slopes, gate, up, of_gate, of_up):
 
 @kernel
 def _normalize(x, weight, epsilon, out, roots, first, last):
-    groups = x.shape[1] // LANES
-    values, factors = np.empty((groups, LANES), F32), np.empty(x.shape[1], F32)
+    width = x.shape[1]
+    groups = (width + LANES - 1) // LANES
+    values, factors = np.zeros((groups, LANES), F32), np.empty(width, F32)  # zeros behind the last column
     flat, lanes = values.reshape(groups * LANES), np.empty(LANES, F32)
-    for column in range(len(factors)):
+    for column in range(width):
         factors[column] = _float(weight[column])
     for row in range(first, last):
-        for column in range(len(flat)):
+        for column in range(width):
             flat[column] = _float(x[row, column])
         lanes[:] = F32(0)
         for group in range(groups):
             for lane in range(LANES):
                 lanes[lane] += values[group, lane] * values[group, lane]
-        root = F32(1) / np.sqrt(_sum(lanes) / F32(groups * LANES) + epsilon)
+        root = F32(1) / np.sqrt(_sum(lanes) / F32(width) + epsilon)
         roots[row] = root
-        for column in range(len(flat)):
+        for column in range(width):
             out[row, column] = _bf16(factors[column] * _through_bf16(flat[column] * root))
 
 
 @kernel
 def _normalize_backward(gradient, x, weight, roots, out, first, last):
-    groups = x.shape[1] // LANES
-    normal, factors = np.empty((groups, LANES), F32), np.empty(x.shape[1], F32)
-    slopes = np.empty((groups, LANES), F32)
+    width = x.shape[1]
+    groups = (width + LANES - 1) // LANES
+    normal, slopes = np.zeros((groups, LANES), F32), np.zeros((groups, LANES), F32)  # zeros behind the last column
+    factors = np.empty(width, F32)
     flat, flat_slopes, lanes = normal.reshape(groups * LANES), slopes.reshape(groups * LANES), np.empty(LANES, F32)
-    for column in range(len(factors)):
+    for column in range(width):
         factors[column] = _float(weight[column])
     for row in range(first, last):
         root = roots[row]
-        for column in range(len(flat)):
+        for column in range(width):
             flat[column] = _float(x[row, column]) * root
             flat_slopes[column] = _through_bf16(_float(gradient[row, column]) * factors[column])
         lanes[:] = F32(0)
         for group in range(groups):
             for lane in range(LANES):
                 lanes[lane] += slopes[group, lane] * normal[group, lane]
-        mean = _sum(lanes) / F32(groups * LANES)
-        for column in range(len(flat)):
+        mean = _sum(lanes) / F32(width)
+        for column in range(width):
             out[row, column] = _bf16(root * (flat_slopes[column] - flat[column] * mean))
 
 
@@ -525,9 +533,14 @@ def _ends(row, shrink_low, shrink_high, shrink_unit, low, high):
 
 
 @inner
+def _unclamped_scale(low, high, limit):
+    return _through_bf16((low if high < low else -high) / limit)
+
+
+@inner
 def _integer_scale(low, high, limit):
     """The BF16 scale of a group; the larger tail gets the extra code."""
-    scale = _through_bf16((low if high < low else -high) / limit)
+    scale = _unclamped_scale(low, high, limit)
     smallest = _through_bf16(F32(1e-5))
     return min(scale, -smallest) if scale < F32(0) else max(scale, smallest)
 
@@ -590,8 +603,8 @@ def _integer_step(
                     lanes[lane] += slope * (code - (quotient if inside else F32(0)))
                     direction = _sign(slope) if inside else np.int32(0)
                     offsets[row, group, part, lane] = np.int32(offsets[row, group, part, lane]) - toward * direction
-            peak = low[group] if high[group] < low[group] else -high[group]
-            direction = np.int32(0) if abs(peak / limit) < F32(1e-5) else shrink_move * _sign(_sum(lanes))
+            clamped = abs(_unclamped_scale(low[group], high[group], limit)) < _through_bf16(F32(1e-5))
+            direction = np.int32(0) if clamped else shrink_move * _sign(_sum(lanes))
             if high[group] < low[group]:
                 shrink_low[row, group] = min(max(shrink_low[row, group] + direction, 0), most)
             else:
@@ -640,6 +653,7 @@ def _of_stack(stack: Stack, first: int, last: int, nvfp4_kernel, integer_kernel)
 
 def round_inputs(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """BF16 x [rows, width], tensor_scale [rows] -> x rounded to NVFP4."""
+    check_width(x.shape[1])
     out = torch.empty_like(x)
     _over_rows(_round_inputs, _grouped(x), _array(tensor_scale), _grouped(out))
     return out
@@ -647,6 +661,7 @@ def round_inputs(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
 
 def round_inputs_backward(gradient: torch.Tensor, x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """The gradient of x, from that of `round_inputs(x, tensor_scale)`."""
+    check_width(x.shape[1])
     out = torch.empty_like(x)
     _over_rows(_round_inputs_backward, _grouped(gradient), _grouped(x), _array(tensor_scale), _grouped(out))
     return out
@@ -664,38 +679,42 @@ def spread(hidden: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor
 
     With tensor scales [rows] it is rounded to NVFP4.
     """
-    out = hidden.new_empty(len(token), hidden.shape[1])
-    _over_rows(_spread, _array(token), _grouped(hidden), *_scale(tensor_scale), _grouped(out))
-    return out
+    rounds, filled = _scale(tensor_scale, hidden), _filled(hidden)
+    out = filled.new_empty(len(token), filled.shape[1])
+    _over_rows(_spread, _array(token), _grouped(filled), *rounds, _grouped(out))
+    return _cut(out, hidden.shape[1])
 
 
 def spread_backward(
     gradient: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, tensor_scale: torch.Tensor | None
 ) -> torch.Tensor:
     """The gradient of `hidden` from that of `spread`; rows: [tokens, k], where each token went."""
-    out = torch.empty_like(hidden)
-    _over_rows(
-        _spread_backward, _array(rows), _grouped(hidden), _grouped(gradient), *_scale(tensor_scale), _grouped(out)
-    )  # fmt: skip
-    return out
+    rounds, filled = _scale(tensor_scale, hidden), _filled(hidden)
+    out = torch.empty_like(filled)
+    arrays = _grouped(filled), _grouped(_filled(gradient))
+    _over_rows(_spread_backward, _array(rows), *arrays, *rounds, _grouped(out))
+    return _cut(out, hidden.shape[1])
 
 
 def gate(gate_up: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor | None) -> torch.Tensor:
     """gate_up [rows, 2 * width] -> silu(gate) * up [rows, width], rounded to NVFP4 if there are scales [rows]."""
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    halves = _array(gate_up.unflatten(-1, (2, -1)))
-    _over_rows(_gate, _array(token), halves, *_scale(tensor_scale), _grouped(out))
-    return out
+    halves = gate_up.unflatten(-1, (2, -1))
+    rounds, filled = _scale(tensor_scale, halves), _filled(halves)
+    out = filled.new_empty(len(filled), filled.shape[-1])
+    _over_rows(_gate, _array(token), _array(filled), *rounds, _grouped(out))
+    return _cut(out, halves.shape[-1])
 
 
 def gate_backward(
     gradient: torch.Tensor, gate_up: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor | None
 ) -> torch.Tensor:
     """The gradient of gate_up, from that of `gate`."""
-    out = torch.empty_like(gate_up)
-    halves, of_halves = (_array(both.unflatten(-1, (2, -1))) for both in (gate_up, out))
-    _over_rows(_gate_backward, _array(token), _grouped(gradient), halves, *_scale(tensor_scale), of_halves)
-    return out
+    halves = gate_up.unflatten(-1, (2, -1))
+    rounds, filled = _scale(tensor_scale, halves), _filled(halves)
+    out = torch.empty_like(filled)
+    arrays = _grouped(_filled(gradient)), _array(filled)
+    _over_rows(_gate_backward, _array(token), *arrays, *rounds, _array(out))
+    return _cut(out, halves.shape[-1]).flatten(1)
 
 
 def normalize(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -733,20 +752,22 @@ def attend_backward(gradient: torch.Tensor, shares: torch.Tensor, scale: float) 
 
 def combine(outputs: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     """outputs [rows, width], rows and float32 gates [tokens, k] -> [tokens, width]: gated sums of a token's rows."""
-    out = outputs.new_empty(len(rows), outputs.shape[1])
-    _over_rows(_combine, _array(rows), _grouped(outputs), _array(gates), _grouped(out))
-    return out
+    filled = _filled(outputs)
+    out = filled.new_empty(len(rows), filled.shape[1])
+    _over_rows(_combine, _array(rows), _grouped(filled), _array(gates), _grouped(out))
+    return _cut(out, outputs.shape[1])
 
 
 def combine_backward(
     gradient: torch.Tensor, outputs: torch.Tensor, token: torch.Tensor, rows: torch.Tensor, gates: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of outputs and gates, from that of `combine`; token: [rows], -1 for rows without one."""
-    of_outputs, of_gates = torch.empty_like(outputs), torch.empty_like(gates)
+    filled = _filled(outputs)
+    of_outputs, of_gates = torch.empty_like(filled), torch.empty_like(gates)
     of_outputs[token < 0] = 0
-    arrays = _grouped(gradient), _grouped(outputs), _array(gates)
+    arrays = _grouped(_filled(gradient)), _grouped(filled), _array(gates)
     _over_rows(_combine_backward, _array(rows), *arrays, _grouped(of_outputs), _array(of_gates))
-    return of_outputs, of_gates
+    return _cut(of_outputs, outputs.shape[1]), of_gates
 
 
 def _over_rows(kernel, *arguments) -> None:
@@ -755,8 +776,23 @@ def _over_rows(kernel, *arguments) -> None:
     in_parts(lambda first, last: kernel(*arguments, first, last), len(arguments[0]), size)
 
 
-def _scale(tensor_scale: torch.Tensor | None) -> tuple[bool, np.ndarray]:
-    return (False, np.zeros(0, np.float32)) if tensor_scale is None else (True, _array(tensor_scale))
+def _scale(tensor_scale: torch.Tensor | None, rows: torch.Tensor) -> tuple[bool, np.ndarray]:
+    """(whether `rows` are rounded, their scales)."""
+    if tensor_scale is None:
+        return False, np.zeros(0, np.float32)
+    check_width(rows.shape[-1])
+    return True, _array(tensor_scale)
+
+
+def _filled(rows: torch.Tensor) -> torch.Tensor:
+    """[..., width] filled up with zeros to a multiple of 16, as the loops go; themselves if they have one."""
+    missing = -rows.shape[-1] % LANES
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
+def _cut(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., width] of what was made of `_filled` rows."""
+    return rows if rows.shape[-1] == width else rows[..., :width].contiguous()
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from requant.nvfp4 import check_width
 from requant.stacks import Stack
 
 TILE = 128  # groups of 16 an instance
@@ -55,8 +56,14 @@ def _sign(x):
 
 
 @triton.jit
+def _unrounded_scale(peak, tensor_scale):
+    """What the scale of a group is rounded from, and clamped to 448: beyond that it does not move."""
+    return tensor_scale * (peak * (1.0 / 6.0))
+
+
+@triton.jit
 def _nvfp4_scale(peak, tensor_scale):
-    return _e4m3(tl.minimum(tensor_scale * (peak * (1.0 / 6.0)), 448.0))
+    return _e4m3(tl.minimum(_unrounded_scale(peak, tensor_scale), 448.0))
 
 
 @triton.jit
@@ -76,8 +83,8 @@ def _round_groups_backward(slope, values, tensor_scale):
     terms = slope * (_e2m1(scaled) - tl.where(inside, scaled, 0.0))
     lane = tl.arange(0, 16)[None, :]
     largest = tl.min(tl.where(tl.abs(values) == peak[:, None], lane, 16), axis=1)
-    open_scale = (inverse != 0) & (tensor_scale * (peak * (1.0 / 6.0)) <= 448.0)
-    through = tl.where(open_scale, tl.sum(terms, axis=1) * (1.0 / 6.0), 0.0)
+    moves = (inverse != 0) & (_unrounded_scale(peak, tensor_scale) <= 448.0)
+    through = tl.where(moves, tl.sum(terms, axis=1) * (1.0 / 6.0), 0.0)
     on_largest = tl.where(lane == largest[:, None], tl.where(values > 0, through[:, None], -through[:, None]), 0.0)
     return tl.where(inside, slope, 0.0) + on_largest
 
@@ -138,8 +145,8 @@ def _nvfp4_step(
     offset = tl.load(offsets + at, mask, 0)
     tensor = tl.load(tensor_scale + group // (width // 16), there, 1.0)
     shrunk = tl.load(shrink + group, there, 0).to(tl.int32)
-    scale = _nvfp4_scale(tl.max(tl.abs(values), axis=1) * (1.0 - shrink_unit * shrunk.to(tl.float32)), tensor)
-    inverse = _inverse(scale * _inverse(tensor))
+    peak = tl.max(tl.abs(values), axis=1) * (1.0 - shrink_unit * shrunk.to(tl.float32))
+    inverse = _inverse(_nvfp4_scale(peak, tensor) * _inverse(tensor))
     base = values * inverse[:, None]
     scaled = base + unit * offset.to(tl.float32)
     inside = (tl.abs(scaled) <= 6.0) & (scaled != 0) & (inverse != 0)[:, None]
@@ -147,17 +154,19 @@ def _nvfp4_step(
     moved = offset.to(tl.int32) - move * tl.where(inside, _sign(slope), 0)
     tl.store(offsets + at, moved.to(offset.dtype), mask)
     shrunk_more = tl.minimum(tl.maximum(shrunk + shrink_move * _sign(tl.sum(terms, axis=1)), 0), most)
-    tl.store(shrink + group, tl.where(inverse != 0, shrunk_more, shrunk).to(shrink.dtype.element_ty), there)
+    moves = (inverse != 0) & (_unrounded_scale(peak, tensor) <= 448.0)
+    tl.store(shrink + group, tl.where(moves, shrunk_more, shrunk).to(shrink.dtype.element_ty), there)
 
 
 @triton.jit
 def _integer_scale(values, low_kept, high_kept, limit):
-    """(BF16 scale, -min and max as shrunk) of every row of values [groups, size]."""
+    """(BF16 scale, -min and max as shrunk, whether the scale is clamped) of every row of values [groups, size]."""
     low = -tl.minimum(tl.min(values, axis=1), 0.0) * low_kept
     high = tl.maximum(tl.max(values, axis=1), 0.0) * high_kept
     scale = _bf16(tl.div_rn(tl.where(high < low, low, -high), limit))
     smallest = _bf16(tl.zeros_like(scale) + 1e-5)
-    return tl.where(scale < 0, tl.minimum(scale, -smallest), tl.maximum(scale, smallest)), low, high
+    clamped = tl.abs(scale) < smallest
+    return tl.where(scale < 0, tl.minimum(scale, -smallest), tl.maximum(scale, smallest)), low, high, clamped
 
 
 @triton.jit
@@ -172,7 +181,7 @@ def _integer_weights(
     values = tl.load(weight + at, mask, 0).to(tl.float32)
     low_kept = 1.0 - shrink_unit * tl.load(shrink_low + group, there, 0).to(tl.float32)
     high_kept = 1.0 - shrink_unit * tl.load(shrink_high + group, there, 0).to(tl.float32)
-    scale, _, _ = _integer_scale(values, low_kept, high_kept, limit)
+    scale, _, _, _ = _integer_scale(values, low_kept, high_kept, limit)
     quotient = _bf16(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)))
     code = _round(quotient + unit * tl.load(offsets + at, mask, 0).to(tl.float32))
     code = tl.minimum(tl.maximum(code, -limit), limit - 1.0)
@@ -198,7 +207,7 @@ def _integer_step(
     high_shrunk = tl.load(shrink_high + group, there, 0).to(tl.int32)
     low_kept = 1.0 - shrink_unit * low_shrunk.to(tl.float32)
     high_kept = 1.0 - shrink_unit * high_shrunk.to(tl.float32)
-    scale, low, high = _integer_scale(values, low_kept, high_kept, limit)
+    scale, low, high, clamped = _integer_scale(values, low_kept, high_kept, limit)
     quotient = _bf16(tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)))
     rounded = _round(quotient + unit * offset.to(tl.float32))
     code = tl.minimum(tl.maximum(rounded, -limit), limit - 1.0)
@@ -206,7 +215,6 @@ def _integer_step(
     terms = slope * (code - tl.where(inside, quotient, 0.0))
     moved = offset.to(tl.int32) - move * _sign(scale)[:, None] * tl.where(inside, _sign(slope), 0)
     tl.store(offsets + at, moved.to(offset.dtype), mask)
-    clamped = tl.abs(tl.div_rn(tl.where(high < low, low, -high), limit)) < 1e-5
     direction = tl.where(clamped, 0, shrink_move * _sign(tl.sum(terms, axis=1)))
     low_moved = low_shrunk + tl.where(high < low, direction, tl.where(high == low, -direction, 0))
     high_moved = high_shrunk - tl.where(high < low, 0, direction)
@@ -233,8 +241,8 @@ def _spread(token, hidden, tensor_scale, out, width, ROUNDS: tl.constexpr, TILE:
 def _round_inputs_backward(gradient, x, tensor_scale, out, width, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    at = row * width + group[:, None] * 16 + tl.arange(0, 16)[None, :]
-    mask = (group * 16 < width)[:, None] & (at >= 0)
+    column = group[:, None] * 16 + tl.arange(0, 16)[None, :]
+    at, mask = row * width + column, column < width
     tensor = tl.load(tensor_scale + row) + tl.zeros([TILE], tl.float32)
     slope = tl.load(gradient + at, mask, 0).to(tl.float32)
     values = tl.load(x + at, mask, 0).to(tl.float32)
@@ -402,6 +410,7 @@ def round_inputs(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
 
 def round_inputs_backward(gradient: torch.Tensor, x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """See kernels_cpu."""
+    check_width(x.shape[1])
     out = torch.empty_like(x)
     _round_inputs_backward[_grid(x)](gradient, x, tensor_scale, out, x.shape[1], TILE=TILE, **EXACT)
     return out
@@ -410,8 +419,7 @@ def round_inputs_backward(gradient: torch.Tensor, x: torch.Tensor, tensor_scale:
 def spread(hidden: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor | None) -> torch.Tensor:
     """See kernels_cpu."""
     out = hidden.new_empty(len(token), hidden.shape[1])
-    rounds = tensor_scale is not None
-    scale = tensor_scale if rounds else out
+    rounds, scale = _scale(tensor_scale, out)
     _spread[_grid(out)](token, hidden, scale, out, hidden.shape[1], ROUNDS=rounds, TILE=TILE, **EXACT)
     return out
 
@@ -421,8 +429,7 @@ def spread_backward(
 ) -> torch.Tensor:
     """See kernels_cpu."""
     out = torch.empty_like(hidden)
-    rounds = tensor_scale is not None
-    scale = tensor_scale if rounds else out
+    rounds, scale = _scale(tensor_scale, out)
     _spread_backward[_grid(hidden)](
         rows, hidden, gradient, scale, out, hidden.shape[1], CHOICES=rows.shape[1], ROUNDS=rounds, TILE=TILE, **EXACT
     )
@@ -433,8 +440,7 @@ def gate(gate_up: torch.Tensor, token: torch.Tensor, tensor_scale: torch.Tensor 
     """See kernels_cpu."""
     width = gate_up.shape[1] // 2
     out = gate_up.new_empty(len(gate_up), width)
-    rounds = tensor_scale is not None
-    scale = tensor_scale if rounds else out
+    rounds, scale = _scale(tensor_scale, out)
     _gate[_grid(out)](token, gate_up, scale, out, width, ROUNDS=rounds, TILE=TILE, **EXACT)
     return out
 
@@ -444,8 +450,7 @@ def gate_backward(
 ) -> torch.Tensor:
     """See kernels_cpu."""
     out = torch.empty_like(gate_up)
-    rounds = tensor_scale is not None
-    scale = tensor_scale if rounds else out
+    rounds, scale = _scale(tensor_scale, gradient)
     _gate_backward[_grid(gradient)](
         token, gradient, gate_up, scale, out, gradient.shape[1], ROUNDS=rounds, TILE=TILE, **EXACT
     )
@@ -491,5 +496,13 @@ def combine_backward(
     return of_outputs, of_gates
 
 
+def _scale(tensor_scale: torch.Tensor | None, rows: torch.Tensor) -> tuple[bool, torch.Tensor]:
+    """(whether `rows` are rounded, their scales); something that Triton takes for a pointer where there are none."""
+    if tensor_scale is None:
+        return False, rows
+    check_width(rows.shape[1])
+    return True, tensor_scale
+
+
 def _grid(rows: torch.Tensor) -> tuple[int, int]:
-    return len(rows), triton.cdiv(rows.shape[1] // 16, TILE)
+    return len(rows), triton.cdiv(rows.shape[1], 16 * TILE)

@@ -48,6 +48,7 @@ def cpu_bytes(
     a_sample = 2 * length * config["hidden_size"]
     states, heldout = calibration.nsamples * a_sample, calibration.heldout.nsamples * a_sample
     passing = max(2 * kind.elements + pass_bytes(structure, kind, calibration) for kind in structure.kinds)
+    rounding = max(rounding_bytes(kind, scheme) for kind in structure.kinds) if scheme.quantizes else 0
     if scheme.quantizes:
         tuned = max(quantize_bytes(structure, kind, calibration, scheme, tuning) for kind in structure.kinds)
         made = {"quantize": TUNER_BASE + 3 * states + heldout + tuned}
@@ -57,7 +58,7 @@ def cpu_bytes(
     return {
         "reference": BASE + 2 * (states + heldout) + passing,
         **made,
-        "evaluate": BASE + states + 4 * heldout + max(passing, head),
+        "evaluate": BASE + states + 4 * heldout + max(passing, rounding, head),
         "benchmark": BASE + 2 * (structure.parameters - structure.drafting),
     }
 
@@ -108,6 +109,12 @@ def quantize_bytes(
     a_step = 2 * stack + step_bytes(structure, kind, calibration, tuning)
     kept = 2 * stack + 2 * FLOAT32_BYTES * min(stack, LARGEST_PART // 32)
     return max(shipped, source + int(weights * a_weight) + max(a_step, kept, 2 * weights))
+
+
+def rounding_bytes(kind: Kind | BlockShapes, scheme: Scheme) -> int:
+    """A block beside itself as it is rounded plainly, and its packed tensors, of which the file is mapped."""
+    weights = sum(out * width for out, width in kind.linear_shapes.values())
+    return 2 * kind.elements + 2 * weights + weights * scheme.weight_bits // 8
 
 
 def counter_bytes(iters: int) -> int:

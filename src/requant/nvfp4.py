@@ -6,16 +6,30 @@ stored group scale, a weight is `e2m1(code) * s / G`; G = 448 * 6 / amax, so tha
 
 import torch
 
+from requant.rows import by_rows
+
 GROUP = 16
 E2M1_MAX = 6.0
-E4M3_MAX = 448.0
+E4M3_MAX, E4M3_SMALLEST = 448.0, 2.0**-9
+# The largest magnitude whose tensor scale, 2^117, still leaves the step of the smallest group scale, 2^-9 / 2^117, and
+# what divides by it normal float32 numbers.
+SMALLEST_PEAK = E4M3_MAX * E2M1_MAX * 2.0**-117
+# A weight that is smaller throughout counts as one of zeros.
+NEGLIGIBLE = 2.0**-100
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
+def check_width(width: int) -> None:
+    """Raises ValueError unless rows of `width` are whole groups: such rows have no NVFP4, and stay in BF16."""
+    if width % GROUP:
+        raise ValueError(f"NVFP4 of rows of {width}; expected a multiple of {GROUP}")
+
+
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """float32 [1]: 2688 / amax, 1 where the tensor is zero throughout."""
+    """float32 [1]: 2688 / amax, at most 2688 / SMALLEST_PEAK; 1 where the tensor is zero throughout."""
     amax = amax.float().reshape(1)
-    return torch.where(amax > 0, E4M3_MAX * E2M1_MAX * (1.0 / amax), torch.ones_like(amax))
+    scale = E4M3_MAX * E2M1_MAX * (1.0 / amax.clamp(min=SMALLEST_PEAK))
+    return torch.where(amax > 0, scale, torch.ones_like(amax))
 
 
 def group_scales(weight: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
@@ -56,6 +70,9 @@ def values(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor
 
 def round_activations(x: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
     """x [..., in], in its dtype: rounded to NVFP4, `tensor_scale` static and the scale of every 16 values dynamic."""
-    rows = x.reshape(-1, x.shape[-1])
-    scales = group_scales(rows, tensor_scale)
-    return values(round_to_codes(rows, scales, tensor_scale), scales, tensor_scale).to(x.dtype).view_as(x)
+
+    def work(rows: torch.Tensor) -> torch.Tensor:
+        scales = group_scales(rows, tensor_scale)
+        return values(round_to_codes(rows, scales, tensor_scale), scales, tensor_scale).to(x.dtype)
+
+    return by_rows(work, x.reshape(-1, x.shape[-1])).view_as(x)

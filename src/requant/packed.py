@@ -1,5 +1,6 @@
 """A packed release, read back: under the source's tensor names, weights decoded to BF16."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 from requant import decode, int_pack, nvfp4
 from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
+from requant.rows import row_parts
 from requant.schemes import Scheme, scheme_of
 
 PARTS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", "weight_shape")
@@ -72,8 +74,18 @@ class PackedCheckpoint(Checkpoint):
         for weight in self.quantized:
             if weight.startswith(prefix):
                 linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
-                scale = self.parts(weight)["input_global_scale"]
-                round_inputs(linear, scale)
+                try:
+                    round_inputs(linear, input_scale(self.parts(weight)))
+                except RequantError as error:
+                    raise RequantError(f"{self.directory}: {weight}: {error}") from None
+
+
+def input_scale(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [1]: the static scale of a Linear's input, of its stored tensors. RequantError if it is none."""
+    scale = parts.get("input_global_scale", torch.zeros(0))
+    if scale.numel() != 1 or not bool((scale > 0) & scale.isfinite()):
+        raise RequantError(f"input_global_scale {scale.tolist()}; expected a finite number above 0")
+    return scale
 
 
 def round_inputs(linear: nn.Linear, scale: torch.Tensor) -> None:
@@ -95,7 +107,10 @@ def _round_input(linear: nn.Linear, inputs: tuple) -> tuple:
 def decoded_on(device: str | torch.device, parts: dict[str, torch.Tensor], scheme: Scheme) -> torch.Tensor:
     """BF16 [out, in] from the stored tensors of one weight; on a GPU the numbers of `decode_parts`, made by torch."""
     if torch.device(device).type == "cpu":
-        return torch.from_numpy(decode_parts(parts, scheme)).to(torch.bfloat16)
+        out = torch.empty(decoded_shape(parts, scheme), dtype=torch.bfloat16)
+        for rows, _, values in decoded_rows(parts, scheme):
+            out[rows] = torch.from_numpy(values)
+        return out
     check_parts(parts, scheme)
     there = {part: tensor.to(device) for part, tensor in parts.items()}
     return decoded_by_torch(there, scheme).to(torch.bfloat16)
@@ -127,6 +142,33 @@ def decode_parts(parts: dict[str, torch.Tensor], scheme: Scheme) -> np.ndarray:
         return decode.nvfp4(packed, scales, float(parts["weight_global_scale"]))
     rows, columns = parts["weight_shape"].tolist()
     return decode.integers(packed, parts["weight_scale"].float().numpy(), scheme.weight_bits, (rows, columns))
+
+
+def decoded_shape(parts: dict[str, torch.Tensor], scheme: Scheme) -> list[int]:
+    """[out, in] of one weight, as its stored tensors say. RequantError naming the first of them that is missing."""
+    check_parts(parts, scheme)
+    if scheme.is_nvfp4:
+        rows, half = parts["weight_packed"].shape
+        return [rows, 2 * half]
+    return parts["weight_shape"].tolist()
+
+
+def decoded_rows(
+    parts: dict[str, torch.Tensor], scheme: Scheme
+) -> Iterator[tuple[slice, dict[str, torch.Tensor], np.ndarray]]:
+    """(rows, their stored tensors, float32 [rows, in] as `decode_parts` has them) of one weight, part by part.
+
+    Raises what `decode_parts` does.
+    """
+    rows, columns = decoded_shape(parts, scheme)
+    split = {part: parts[part] for part in ("weight_packed", "weight_scale")}
+    if any(len(tensor) != rows for tensor in split.values()):
+        decode_parts(parts, scheme)  # says what does not fit
+    for found in row_parts(rows, columns):
+        piece = parts | {part: tensor[found] for part, tensor in split.items()}
+        if not scheme.is_nvfp4:
+            piece["weight_shape"] = torch.tensor([found.stop - found.start, columns])
+        yield found, piece, decode_parts(piece, scheme)
 
 
 def write_decoded(packed_dir: str | Path, out_dir: str | Path) -> None:

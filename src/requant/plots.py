@@ -41,13 +41,9 @@ ANNOTATED_CELLS = 128  # a heat map with more cells has no room for a number in 
 
 
 def plot_loss(path: str | Path, releases: dict[str, Sequence[BlockRecord]]) -> None:
-    """Writes a PNG: the loss of each block at iteration 0 and at the one that was kept, one panel for each release."""
+    """Writes a PNG: the loss of each block rounded plainly and as kept, one panel for each release."""
     series = {
-        name: (
-            [block.block for block in blocks],
-            [block.loss_initial for block in blocks],
-            [block.loss_best for block in blocks],
-        )
+        name: ([block.block for block in blocks], *map(list, zip(*(block.compared for block in blocks), strict=True)))
         for name, blocks in releases.items()
     }
     _plot_pairs(

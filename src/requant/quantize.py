@@ -1,6 +1,7 @@
 """One block of a release: tuned, encoded, checked for shared scales, and run on to feed the next block."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from requant import __version__, autoround, fused, nvfp4
 from requant.architecture import NEVER_TUNED, expert_counts, fused_groups
 from requant.blocks import empty_block, fill
-from requant.chain import load_masks
+from requant.chain import finite, load_masks
 from requant.checkpoint import Checkpoint
 from requant.config import Tuning
 from requant.encoding import QuantizedWeight, encode, plain_rounding
@@ -28,9 +29,12 @@ from requant.records import BlockRecord, KeepList, write_json
 from requant.routing import Observation, observe
 from requant.safetensors_io import load, save
 from requant.schemes import SCHEMES, Scheme
+from requant.signround import SMALLEST_INTEGER_SCALE
 from requant.streamed import StreamedModel
-from requant.tuned import settings
+from requant.tuned import NotFinite, check_finite, settings
 
+# The largest input of a Linear of which nothing is known, for zeros alone have reached it: of tensor scale 1.
+UNKNOWN_PEAK = nvfp4.E4M3_MAX * nvfp4.E2M1_MAX
 # Libraries that a block's bytes can depend on, by engine.
 LIBRARIES = {
     "fused": ("numba", "numpy", "safetensors", "torch", "transformers"),
@@ -71,26 +75,47 @@ def choose_linears(block: nn.Module, prefix: str, scheme: Scheme, keep: list[str
 
 
 def share_global_scales(block: nn.Module, prefix: str, linears: list[str]) -> dict[str, torch.Tensor]:
-    """The tensor scale of each weight (NVFP4): 2688 over its largest magnitude, the smallest of its fused group."""
+    """The tensor scale of each weight (NVFP4): 2688 over the largest magnitude in it and its fused group.
+
+    A weight of zeros has that of the others; a group of such weights has 1. Raises RequantError for a weight that is
+    too small beside the others for any group scale: it would be zeros.
+    """
     weights = {name: block.get_submodule(name.removeprefix(prefix)).weight for name in linears}
-    scales = {name: nvfp4.global_scale(weight.abs().amax().cpu()) for name, weight in weights.items()}
+    peaks = {name: weight.abs().amax().float().cpu() for name, weight in weights.items()}
+    shared = dict(peaks)
     for group in fused_groups(linears):
-        scales |= dict.fromkeys(group, torch.stack([scales[name] for name in group]).amin(0))
+        shared |= dict.fromkeys(group, torch.stack([peaks[name] for name in group]).amax())
+    scales = {name: nvfp4.global_scale(peak) for name, peak in shared.items()}
+    for name, peak in peaks.items():
+        if peak >= nvfp4.NEGLIGIBLE and scales[name] * peak / nvfp4.E2M1_MAX < nvfp4.E4M3_SMALLEST:
+            raise RequantError(
+                f"{name}.weight: largest value {float(peak):.3g}, beside {float(shared[name]):.3g} of a weight that it "
+                "shares its tensor scale with: it would be zeros in NVFP4; leave both in BF16 (`keep`)"
+            )
     return scales
 
 
 def input_peaks(linears: list[str], prefix: str, seen: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The largest input of each Linear; one that no token reached gets the largest of its peers, the experts."""
-    peaks = {name: seen[name.removeprefix(prefix)] for name in linears if name.removeprefix(prefix) in seen}
+    """The largest input of each Linear, float32 [1], at least nvfp4.SMALLEST_PEAK.
+
+    An expert's Linear that no token reached, or zeros alone, gets the largest of its peers, the other experts'. Without
+    such a peer a Linear that zeros alone reached gets UNKNOWN_PEAK: whatever its scale is, it has given zeros.
+    Raises RequantError for one that no token reached, nor any peer, and for an input that is no number.
+    """
+    found = {name: seen[name.removeprefix(prefix)] for name in linears if name.removeprefix(prefix) in seen}
+    peaks = {}
     for name in linears:
-        if name not in peaks:
+        alike = [name]
+        if (name not in found or found[name] == 0) and ".experts." in name:
             leaf = name.rpartition(".")[2]
-            peers = [peak for peer, peak in peaks.items() if ".experts." in peer and peer.rpartition(".")[2] == leaf]
-            if not peers:
-                raise RequantError(
-                    f"{name}: no calibration token reached it or any of its peers; calibrate on more text"
-                )
-            peaks[name] = torch.stack(peers).amax(0)
+            alike += [peer for peer in linears if ".experts." in peer and peer.rpartition(".")[2] == leaf]
+        reached = [found[peer] for peer in alike if peer in found]
+        if not reached:
+            raise RequantError(f"{name}: no calibration token reached it or any of its peers; calibrate on more text")
+        peak = torch.stack(reached).amax(0)
+        if not peak.isfinite():
+            raise RequantError(f"{name}: its largest input is {float(peak)}; expected a finite number")
+        peaks[name] = torch.where(peak > 0, peak.clamp(min=nvfp4.SMALLEST_PEAK), UNKNOWN_PEAK)
     return peaks
 
 
@@ -133,12 +158,14 @@ class Made:
     """A block's result, in the CPU's memory.
 
     tensors: what is packed, names as `naming` has them. losses: by iteration; kept: the one whose parameters are
-    shipped. output: BF16 [n, T, width], what the block gives as shipped, if that was asked for.
+    shipped; judged: losses over all samples, where it was chosen by them. output: BF16 [n, T, width], what the block
+    gives as shipped, if that was asked for.
     """
 
     tensors: dict[str, torch.Tensor]
     losses: list[float]
     kept: int
+    judged: dict[int, float]
     output: torch.Tensor | None
 
 
@@ -153,7 +180,7 @@ def make_block(
     run_on: bool = True,
 ) -> Made:
     """Tunes and packs a prepared block, which is taken apart for it, and, to `run_on`, runs what was packed over
-    `hidden`."""
+    `hidden`. Raises RequantError at the first loss that is no number."""
     scheme, prefix = SCHEMES[job.scheme], f"model.layers.{job.block}."
     block, linears, scales = prepared.block, prepared.linears, prepared.tensor_scales
     source = {prefix + name: tensor for name, tensor in block.state_dict().items()}
@@ -166,17 +193,20 @@ def make_block(
     }
     zeros = {name: zero_groups(source[f"{name}.weight"], scheme) for name in linears if name not in weights}
     del source  # a GPU has no room for it beside the tuner
-    losses, kept = [], 0
-    if job.tuning.iters:
-        named = [name.removeprefix(prefix) for name in linears if name not in weights]
+    losses, kept, judged = [], 0, {}
+    named = [name.removeprefix(prefix) for name in linears if name not in weights]
+    if job.tuning.iters and named:
         seed = block_seed(job.tuning.seed, job.release, job.block)
         what = (hidden, targets, mask, model.positions(hidden.shape[1]), scheme, job.tuning, seed, report)
-        if job.tuning.engine == "fused":
-            tuned = fused.tune(block, named, *what)
-        else:
-            ungroup(block)
-            tuned = autoround.tune(block, model.config, str(job.source), named, *what)
-        losses, kept = tuned.losses, tuned.kept
+        try:
+            if job.tuning.engine == "fused":
+                tuned = fused.tune(block, named, *what)
+            else:
+                ungroup(block)
+                tuned = autoround.tune(block, model.config, str(job.source), named, *what)
+        except NotFinite as error:
+            raise _stopped(job, error, prepared.seen, hidden) from None
+        losses, kept, judged = tuned.losses, tuned.kept, tuned.judged
         weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
     for name, groups in zeros.items():
         if groups is not None:
@@ -184,18 +214,43 @@ def make_block(
     tensors = packed_tensors(kept_as_they_are, weights, prepared.peaks, scheme)
     del weights
     if losses and not run_on:
-        return Made(tensors, losses, kept, None)
+        return Made(tensors, losses, kept, judged, None)
     shipped = shipped_block(model, job.block, tensors, linears, scheme)
     output = observe(model, shipped, hidden, mask).output
-    return Made(tensors, losses or [mean_squared_error(output, targets, mask)], kept, output)
+    try:
+        if not finite(output):
+            raise NotFinite("what it gives as shipped has NaN or infinite values; expected finite ones")
+        if not losses:
+            losses = [mean_squared_error(output, targets, mask)]
+            check_finite(losses[0], 0)
+            judged = {0: losses[0]}
+    except NotFinite as error:
+        raise _stopped(job, error, prepared.seen, hidden) from None
+    return Made(tensors, losses, kept, judged, output)
+
+
+def _stopped(job: BlockJob, error: NotFinite, seen: Observation, hidden: torch.Tensor) -> RequantError:
+    """The line on a block that gives no finite numbers, with the largest input in it: the first that is none itself.
+
+    hidden: the block's own input; seen: its pass over that, with the source's weights.
+    """
+    peaks = {"the block itself": float(torch.stack([sample.abs().amax() for sample in hidden]).amax())}
+    peaks |= {name: float(peak) for name, peak in seen.input_amax.items()}
+    name = max(peaks, key=lambda name: peaks[name] if math.isfinite(peaks[name]) else math.inf)
+    return RequantError(
+        f"{job.release} block {job.block}: {error}; its largest input is {peaks[name]:.3g}, of {name}: leave what "
+        "overflows in BF16 (`keep`), or lower tuning.lr"
+    )
 
 
 def zero_groups(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor | None:
     """bool [out, groups]: the groups of `weight` [out, in] that are zero throughout; None if there are none.
 
     They stay zero. A tuner may move them: integers have a smallest scale, 1e-5, and an offset rounds to one step of it.
+    So do groups of integers that are below half of it throughout, which plain rounding makes zero.
     """
-    found = weight.unflatten(-1, (-1, scheme.group_size)).abs().amax(-1) == 0
+    most = 0.0 if scheme.is_nvfp4 else SMALLEST_INTEGER_SCALE / 2
+    found = weight.unflatten(-1, (-1, scheme.group_size)).abs().amax(-1).float() <= most
     return found if bool(found.any()) else None
 
 
@@ -225,6 +280,8 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
     if out_hidden is not None:
         save(out_hidden, {"calibration": made.output})
     losses, best = made.losses, made.kept
+    seen = prepared.seen.input_amax
+    zeros = [name for name in linears if name in prepared.peaks and seen.get(name.removeprefix(prefix)) == 0]
     record = BlockRecord(
         release=job.release,
         block=job.block,
@@ -238,13 +295,15 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         loss_initial=losses[0],
         loss_best=losses[best],
         best_iteration=best,
-        iterations=job.tuning.iters,
+        iterations=job.tuning.iters if any(not NEVER_TUNED.search(name) for name in linears) else 0,
         losses=losses,
+        judged=made.judged,
         quantized=shapes,
         kept=prepared.kept,
         never_tuned=[f"{name}.weight" for name in linears if NEVER_TUNED.search(name)],
         shared_global_scale=fused_groups([f"{name}.weight" for name in linears]) if scheme.is_nvfp4 else [],
         tokens_per_expert=counts,
+        zero_inputs=zeros,
         never_reached=[expert for expert, count in enumerate(counts) if count == 0],
         tokens=hidden.shape[:2].numel() if mask is None else int(mask.sum()),
         seconds=time.monotonic() - start,
@@ -254,9 +313,10 @@ def quantize_block(job: BlockJob, out_block: Path, out_record: Path, out_hidden:
         sha256=file_entry(out_block).sha256,
     )
     write_json(out_record, record)
+    rounded, kept = record.compared
     progress(
-        f"{job.release} block {job.block} (of {model.blocks}): loss {losses[0]:.3e} -> {losses[best]:.3e} "
-        f"at iteration {best}, {record.seconds:.0f} s"
+        f"{job.release} block {job.block} (of {model.blocks}): loss {rounded:.3e} -> {kept:.3e} "
+        f"{'over all samples' if made.judged else 'of minibatches'}, of iteration {best}, {record.seconds:.0f} s"
     )
     return record
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from requant.errors import RequantError, plain
 from requant.untrusted import json_object, open_file
@@ -169,11 +169,18 @@ class BlockRecord(StageRecord):
     engine_version: str
     settings: dict[str, Any] = Field(description="every tuning setting, defaults spelled out")
     seed: int = Field(description="the seed of this block, from (release, block)")
-    loss_initial: float = Field(description="MSE of the block's output at iteration 0, plain rounding")
+    loss_initial: float = Field(
+        description="MSE of the block's output at iteration 0, plain rounding, of its minibatch"
+    )
     loss_best: float = Field(description="minibatch loss at best_iteration")
     best_iteration: int = Field(description="the one whose rounding was kept")
     iterations: int = Field(description="iterations run")
     losses: list[float] = Field(description="minibatch loss at each iteration")
+    judged: dict[int, float] = Field(
+        {},
+        description="loss over all samples by iteration, of those that best_iteration was chosen from: plain rounding "
+        "(0), the lowest minibatch's, the last; empty where it was chosen by minibatches",
+    )
     quantized: dict[str, list[int]] = Field(description="quantized weights and their shapes [out, in]")
     kept: dict[str, str] = Field(description="Linears left in BF16, each with the reason")
     never_tuned: list[str] = Field(
@@ -182,6 +189,9 @@ class BlockRecord(StageRecord):
     shared_global_scale: list[list[str]] = Field(description="groups of weights that have one global scale (NVFP4)")
     tokens_per_expert: list[int]
     never_reached: list[int] = Field(description="experts that no calibration token reached: rounded, not tuned")
+    zero_inputs: list[str] = Field(
+        [], description="Linears that zeros alone reached (NVFP4): they have their peers' input scale, or 1"
+    )
     tokens: int
     seconds: float = Field(
         description="of tuning, encoding and the pass that feeds the next block; imports not counted"
@@ -191,6 +201,19 @@ class BlockRecord(StageRecord):
     device: str
     libraries: dict[str, str] = Field(description="versions of the libraries that the bytes depend on")
     sha256: str = Field(description="of the block's file")
+
+    @model_validator(mode="after")
+    def _judged_what_is_kept(self):
+        if self.judged and not {0, self.best_iteration} <= self.judged.keys():
+            raise ValueError(f"judged: {sorted(self.judged)}; expected 0 and best_iteration {self.best_iteration}")
+        return self
+
+    @property
+    def compared(self) -> tuple[float, float]:
+        """Loss of plain rounding and of what was kept: over all samples if `judged`, else of their minibatches."""
+        if self.judged:
+            return self.judged[0], self.judged[self.best_iteration]
+        return self.loss_initial, self.loss_best
 
 
 class CopiedBlock(StageRecord):
@@ -250,7 +273,7 @@ class TensorCheck(Record):
     block: int
     cosine: float
     relative_mae: float = Field(description="mean |error| / mean |weight|")
-    sqnr_db: float = Field(description="10 log10(sum w^2 / sum error^2)")
+    sqnr_db: float | None = Field(description="10 log10(sum w^2 / sum error^2); null for an exact weight")
 
 
 class VerifyRecord(StageRecord):
@@ -271,7 +294,7 @@ class VerifyRecord(StageRecord):
     highest_relative_mae: float | None
     mean_cosine: float | None
     mean_relative_mae: float | None
-    mean_sqnr_db: float | None
+    mean_sqnr_db: float | None = Field(description="exact weights left out; null if there is no other")
     codes_rederived: int = Field(description="tensors whose codes came out bit for bit from decoded weights and scales")
     scale_groups: int = Field(description="fused groups whose global scales are equal")
     public_decoder: str | None
@@ -282,8 +305,15 @@ class VerifyRecord(StageRecord):
 class ModelQuality(Record):
     perplexity: float = Field(description="exp of the mean negative log-likelihood a token")
     kl_divergence: float = Field(description="mean KL(source || this) a token, nats; 0 for the source")
-    kl_divergence_stderr: float
+    kl_divergence_stderr: float | None = Field(
+        description="samples taken as independent, tokens of one sample not; null for a single sample"
+    )
     top1_agreement: float = Field(description="part of the tokens whose most likely next token is the source's")
+
+
+class KlChange(Record):
+    difference: float = Field(description="mean KL divergence a token, less that of the other model")
+    stderr: float | None = Field(description="as of a KL divergence, sample by sample; null for a single sample")
 
 
 class ReferenceText(Record):
@@ -313,6 +343,9 @@ class EvaluateRecord(StageRecord):
     source: ModelQuality
     rounded: ModelQuality | None = Field(description="plain rounding, iterations 0; null if nothing is quantized")
     quantized: ModelQuality = Field(description="the release")
+    kl_change: KlChange | None = Field(
+        None, description="of the release against plain rounding, on the same tokens; null if nothing is quantized"
+    )
     original: ModelQuality | None = Field(
         None, description="the model that `model` is pruned from, against itself; null if it is not pruned"
     )

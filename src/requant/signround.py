@@ -30,8 +30,8 @@ class Rounded:
 
 
 def inverse(x: torch.Tensor) -> torch.Tensor:
-    """1 / x, and 0 for 0."""
-    return torch.where(x == 0, torch.zeros_like(x), 1.0 / x)
+    """1 / x, and 0 for 0, where its gradient is 0 too."""
+    return torch.where(x == 0, torch.zeros_like(x), 1.0 / torch.where(x == 0, torch.ones_like(x), x))
 
 
 def straight_through(rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from requant.encoding import QuantizedWeight
+from requant.errors import RequantError
 from requant.schemes import Scheme
 from requant.signround import inverse
 
@@ -71,6 +72,11 @@ class Stack:
         scheme: Scheme,
         schedule: Schedule,
     ):
+        if weight.shape[1] % scheme.group_size:
+            raise RequantError(
+                f"{next(iter(rows))}: width {weight.shape[1]}; {scheme.name} expects a multiple of "
+                f"{scheme.group_size}, another stays in BF16"
+            )
         self.rows, self.weight, self.tensor_scale = rows, weight, tensor_scale
         self.scheme, self.schedule = scheme, schedule
         groups = (len(weight), weight.shape[1] // scheme.group_size)
@@ -128,6 +134,13 @@ class Stack:
             self.kernels.step(self, first, last, gradient, iteration)
             if self._sum is not None:
                 gradient.zero_()
+
+    def reset(self) -> None:
+        """Takes all moves back: the stack is rounded plainly again."""
+        for moved in (self.offsets, *self.shrinks):
+            moved.zero_()
+        if self.held is not None:
+            self.kernels.weights(self, 0, len(self.weight), self.held, False)
 
     def show_kept(self, shown: bool) -> None:
         """Lets `values` be those of the kept codes, or again those that are tuned now."""

@@ -1,9 +1,11 @@
 """What tuning engines share: their settings spelled out, and what they give back."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from requant.config import Tuning
 from requant.encoding import QuantizedWeight
+from requant.errors import RequantError
 from requant.schemes import Scheme
 
 
@@ -12,12 +14,23 @@ class Tuned:
     """What tuning a block gave.
 
     weights: by Linear name in the block. losses: minibatch MSE by iteration. kept: the iteration whose parameters
-    `weights` are.
+    `weights` are. judged: MSE over all samples of the iterations that it was chosen from, where it was chosen so.
     """
 
     weights: dict[str, QuantizedWeight]
     losses: list[float]
     kept: int
+    judged: dict[int, float] = field(default_factory=dict)
+
+
+class NotFinite(RequantError):
+    """A loss that is NaN or infinite: an engine stops at it. Which block it is of, its caller knows."""
+
+
+def check_finite(loss: float, iteration: int, of: str = "loss") -> None:
+    """Raises NotFinite unless the loss of an iteration is a number to compare."""
+    if not math.isfinite(loss):
+        raise NotFinite(f"{of} {loss} at iteration {iteration}; expected a finite number")
 
 
 def lowest(losses: list[float], tuning: Tuning) -> int:

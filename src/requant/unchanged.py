@@ -16,6 +16,7 @@ from requant.whole import written_whole
 
 COMPUTES = False  # what is found here decides whether a job runs, not what it writes
 HASHES = Path(".snakemake/requant.hashes.json")
+MOST_OLD = 1000  # lines on files that have changed since
 SUMS = "SHA256SUMS"
 
 
@@ -88,18 +89,36 @@ def hash_of(path: str | Path) -> str:
     *known, digest = _hashes().get(str(path), [None])
     if known != identity:
         digest = file_entry(path).sha256
-        _hashes()[str(path)] = [*identity, digest]
-        with contextlib.suppress(OSError), written_whole(HASHES) as partial:  # a cache: without it, hashed again
-            partial.write_text(json.dumps(_hashes()), encoding="utf-8")
+        _remember({str(path): [*identity, digest]})
     return digest
+
+
+def _remember(found: dict[str, list]) -> None:
+    """Adds hashes to the cache, as a line of their own: two processes may do so, and one that is killed loses none."""
+    _hashes().update(found)
+    with contextlib.suppress(OSError):  # without a cache it is hashed again
+        HASHES.parent.mkdir(parents=True, exist_ok=True)
+        with HASHES.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(found)}")  # behind a line that was cut short
 
 
 @cache
 def _hashes() -> dict[str, list]:
+    """{path: [size, time in ns, inode, sha256]} by the last line on each; written anew where most lines are old."""
+    found: dict[str, list] = {}
     try:
-        return json.loads(HASHES.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        lines = HASHES.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entries = json.loads(line)
+            if isinstance(entries, dict):
+                found |= {path: entry for path, entry in entries.items() if isinstance(entry, list) and len(entry) == 4}
+    if len(lines) > 2 * len(found) + MOST_OLD:
+        with contextlib.suppress(OSError, RequantError), written_whole(HASHES) as partial:
+            partial.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def _is_still(path: Path, entry: FileEntry, since: int) -> bool:

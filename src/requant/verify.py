@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from requant import int_pack, nvfp4
+from requant import int_pack, nvfp4, signround
 from requant.architecture import block_count, block_of, fused_groups, is_drafting
 from requant.checkpoint import Checkpoint
 from requant.dtypes import main_dtype, released_dtypes, torch_dtype
@@ -21,8 +21,9 @@ from requant.encoding import quantization_config
 from requant.errors import RequantError
 from requant.jobs import progress
 from requant.linears import check_closed
-from requant.packed import PackedCheckpoint, decode_parts
+from requant.packed import PackedCheckpoint, decoded_rows, decoded_shape, input_scale
 from requant.records import KeepList, TensorCheck, VerifyRecord, packed_as, write_json
+from requant.rows import row_parts
 from requant.schemes import Scheme
 
 UNCHANGED_MEANS = (
@@ -33,18 +34,34 @@ UNCHANGED_MEANS = (
 )
 
 
-def compare(source: np.ndarray, decoded: np.ndarray) -> tuple[float, float, float]:
+def compare(source: np.ndarray, decoded: np.ndarray) -> tuple[float, float, float | None]:
     """(cosine, relative MAE, SQNR in dB) of two float arrays of one shape, sums in float64.
 
-    A source of zeros decoded to zeros counts as exact (cosine 1, SQNR infinity given as 999).
+    A source of zeros decoded to zeros counts as exact: cosine 1. SQNR is None where it is infinite.
     """
+    w, d = source.ravel(), decoded.ravel()
+    return _figures(sum((_sums(w[part], d[part]) for part in row_parts(w.size, 1)), np.zeros(6)))
+
+
+def _sums(source: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """float64 [6], over all elements: source^2, decoded^2, source * decoded, error^2, |error|, |source|."""
     w, d = source.astype(np.float64).ravel(), decoded.astype(np.float64).ravel()
     error = w - d
-    power, noise = float(w @ w), float(error @ error)
-    norm = math.sqrt(power * float(d @ d))
-    cosine = float(w @ d) / norm if norm else float(noise == 0)
-    relative = float(np.abs(error).sum() / np.abs(w).sum()) if power else float(noise > 0)
-    return min(cosine, 1.0), relative, 10 * math.log10(power / noise) if noise and power else 999.0
+    return np.array([w @ w, d @ d, w @ d, error @ error, np.abs(error).sum(), np.abs(w).sum()])
+
+
+def _figures(sums: np.ndarray) -> tuple[float, float, float | None]:
+    power, decoded_power, both, noise, error, magnitude = map(float, sums)
+    norm = math.sqrt(power * decoded_power)
+    cosine = both / norm if norm else float(noise == 0)
+    relative = error / magnitude if magnitude else float(noise > 0)
+    return min(cosine, 1.0), relative, 10 * math.log10(power / noise) if noise and power else None
+
+
+def negligible(scheme: Scheme) -> float:
+    """A weight that is smaller throughout counts as one of zeros. Integers don't reach below half of their smallest
+    scale."""
+    return nvfp4.NEGLIGIBLE if scheme.is_nvfp4 else signround.SMALLEST_INTEGER_SCALE / 2
 
 
 def rederived(parts: dict[str, torch.Tensor], decoded: np.ndarray, scheme: Scheme) -> bool:
@@ -135,15 +152,20 @@ def verify(
 
 
 def summary(checks: dict[str, TensorCheck]) -> dict[str, float | str | None]:
-    """The figures of a VerifyRecord over all quantized weights; None each if there are none."""
+    """The figures of a VerifyRecord over all quantized weights; None each if there are none.
+
+    Exact weights have no SQNR, and no part in its mean.
+    """
     figures = ("lowest_cosine", "lowest_cosine_tensor", "highest_relative_mae")
     means = {"mean_cosine": "cosine", "mean_relative_mae": "relative_mae", "mean_sqnr_db": "sqnr_db"}
     if not checks:
         return dict.fromkeys((*figures, *means))
     worst = min(checks, key=lambda name: checks[name].cosine)
     highest = max(check.relative_mae for check in checks.values())
+    found = {mean: [getattr(check, figure) for check in checks.values()] for mean, figure in means.items()}
+    numbers = {mean: [value for value in values if value is not None] for mean, values in found.items()}
     return dict(zip(figures, (checks[worst].cosine, worst, highest), strict=True)) | {
-        mean: sum(getattr(check, figure) for check in checks.values()) / len(checks) for mean, figure in means.items()
+        mean: sum(values) / len(values) if values else None for mean, values in numbers.items()
     }
 
 
@@ -179,24 +201,27 @@ def check_weight(
     block: int,
     limits: tuple[float, float],
 ) -> TensorCheck:
-    """One quantized weight: shape, finite, codes, cosine and relative MAE. Raises RequantError naming it."""
+    """One quantized weight: shape, finite, codes, cosine and relative MAE. Raises RequantError naming it.
+
+    Some rows at a time: of a weight there is no more in memory than its source and its stored tensors.
+    """
+    sums, largest = np.zeros(6), 0.0
     try:
-        decoded = decode_parts(parts, scheme)
+        if scheme.quantizes_activations:
+            input_scale(parts)
+        if (shape := decoded_shape(parts, scheme)) != list(source.shape):
+            raise RequantError(f"shape {shape} decoded; the source has {list(source.shape)}")
+        for rows, piece, decoded in decoded_rows(parts, scheme):
+            if not np.isfinite(decoded).all():
+                raise RequantError("NaN or infinite values decoded; expected finite weights")
+            if not rederived(piece, decoded, scheme):
+                raise RequantError("codes re-derived from decoded weights and scales differ from the stored ones")
+            values = source[rows].float().numpy()
+            sums += _sums(values, decoded)
+            largest = max(largest, float(np.abs(values).max()), float(np.abs(decoded).max()))
     except RequantError as error:
         raise RequantError(f"{name}: {error}") from None
-    if list(decoded.shape) != list(source.shape):
-        raise RequantError(f"{name}: shape {list(decoded.shape)} decoded; the source has {list(source.shape)}")
-    if not np.isfinite(decoded).all():
-        raise RequantError(f"{name}: NaN or infinite values decoded; expected finite weights")
-    if scheme.is_nvfp4 and not bool(
-        (parts["input_global_scale"] > 0).all() & parts["input_global_scale"].isfinite().all()
-    ):
-        raise RequantError(
-            f"{name}: input_global_scale {parts['input_global_scale'].tolist()}; expected a finite number above 0"
-        )
-    if not rederived(parts, decoded, scheme):
-        raise RequantError(f"{name}: codes re-derived from decoded weights and scales differ from the stored ones")
-    cosine, relative_mae, sqnr = compare(source.float().numpy(), decoded)
+    cosine, relative_mae, sqnr = _figures(sums if largest >= negligible(scheme) else np.zeros(6))
     if cosine < limits[0]:
         raise RequantError(
             f"{name}: cosine {cosine:.5f} against the source; expected {limits[0]} or more (verify.cosine)"
@@ -211,9 +236,11 @@ def check_weight(
 
 def check_public(name: str, parts: dict[str, torch.Tensor], scheme: Scheme) -> None:
     """Raises RequantError unless compressed-tensors decodes `parts` to requant's values, up to BF16 rounding."""
-    public = public_decoding(parts, scheme).float()
-    ours = torch.from_numpy(decode_parts(parts, scheme))
-    difference = float((public - ours).abs().max() / ours.abs().max().clamp(min=1e-30))
+    furthest, largest = 0.0, 1e-30
+    for _, piece, decoded in decoded_rows(parts, scheme):
+        ours, public = torch.from_numpy(decoded), public_decoding(piece, scheme).float()
+        furthest, largest = max(furthest, float((public - ours).abs().max())), max(largest, float(ours.abs().max()))
+    difference = furthest / largest
     if difference > 2**-7:
         raise RequantError(
             f"{name}: compressed-tensors decodes values that differ by {difference:.2%} of the largest weight"

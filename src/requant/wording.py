@@ -41,6 +41,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
+def decibels(value: float | None) -> str:
+    """20.43; `exact` where there is no noise to hold a signal against."""
+    return "exact" if value is None else figure(value)
+
+
 def scientific(value: float) -> str:
     """1.31e-04: for columns of numbers that span many powers of ten."""
     return f"{value:.2e}"

@@ -302,13 +302,72 @@ def test_quality_shows_source_rounding_and_release(root):
             0.00053,
             "tuning raised the KL divergence from 0.03127 to 0.04127 nats a token: on these tokens",
         ),
-        (0.03128, 0.00053, "to 0.03128 nats a token; the difference is within the standard errors."),
+        (0.03128, 0.00053, "to 0.03128 nats a token; the difference may be chance: its 95% interval has zero"),
     ],
 )
 def test_the_card_says_what_tuning_bought_even_if_nothing(root, kl, stderr, sentence):
     change(root, f"results/{NVFP4}/evaluate.json", put("quantized", "kl_divergence", kl))
     change(root, f"results/{NVFP4}/evaluate.json", put("quantized", "kl_divergence_stderr", stderr))
     assert sentence in section(release_text(root), "Quality")
+
+
+@pytest.mark.parametrize(
+    ("change_of_kl", "sentence"),
+    [
+        ({"difference": -0.0002, "stderr": 0.00005}, "tuning lowered the KL divergence from 0.03127 to 0.03107 nats"),
+        ({"difference": -0.0002, "stderr": 0.00015}, "the difference may be chance: its 95% interval has zero in it."),
+        ({"difference": -0.0002, "stderr": None}, "the difference may be chance: one sample has no standard error."),
+    ],
+)
+def test_what_tuning_bought_is_held_against_the_standard_error_of_the_difference(root, change_of_kl, sentence):
+    """On the same samples: far below that of either, which would hide it."""
+    path = f"results/{NVFP4}/evaluate.json"
+    change(root, path, put("quantized", "kl_divergence", 0.03107))
+    change(root, path, lambda record: record.update(kl_change=change_of_kl))
+    assert sentence in section(release_text(root), "Quality")
+
+
+def test_a_divergence_of_one_sample_stands_without_an_error(root):
+    path = f"results/{NVFP4}/evaluate.json"
+    for model in ("source", "rounded", "quantized"):
+        change(root, path, put(model, "kl_divergence_stderr", None))
+    text = section(release_text(root), "Quality")
+    assert row(text, f"`{NVFP4}` | NVFP4, this release")[1:] == ["0.01913", "98.7%", "4.210"]
+    assert "the difference may be chance: one sample has no standard error." in text
+
+
+def test_losses_of_all_samples_are_compared_where_they_were_measured(root):
+    """Else those of two minibatches, with a star, and a word of what that means."""
+    blocks = [f"results/{NVFP4}/blocks/{block}.json" for block in range(6)]
+    title, minibatches = "Loss by depth", "of different minibatches"
+    text = section(release_text(root), title)
+    assert minibatches in text and "all samples" not in text and "*" not in row(text, "3")[2]
+    for number, path in enumerate(blocks[:-1]):
+        judged = {"0": 0.5, "19": 0.25, "150": 0.5, str(150 + number): 0.125}
+        change(root, path, lambda block, judged=judged: block.update(judged=judged))
+    text = section(release_text(root), title)
+    assert "Both are of all samples; where a star stands they are of two minibatches" in text
+    assert row(text, "3")[1:4] == ["5.00e-01", "1.25e-01", "75.0%"]
+    assert row(text, "5")[2].endswith("*")
+    plots.plot_loss(root / "minibatch.png", {NVFP4: load(root).blocks})
+    change(root, blocks[-1], lambda block: block.update(judged={"0": 0.5, "155": 0.5}))
+    text = section(release_text(root), title)
+    assert "Both are of all samples." in text and minibatches not in text and row(text, "5")[3] == "0.0%"
+    plots.plot_loss(root / "samples.png", {NVFP4: load(root).blocks})
+    assert (root / "samples.png").read_bytes() != (root / "minibatch.png").read_bytes()
+    change(root, blocks[-1], lambda block: block.update(judged={"0": 0.5}))
+    with pytest.raises(RequantError, match=r"blocks/5\.json: .*judged: \[0\]; expected 0 and best_iteration 155"):
+        load(root)
+
+
+def test_exact_weights_are_called_exact(root):
+    verified = f"results/{NVFP4}/verify.json"
+    name = min(json.loads((root / verified).read_text())["tensors"].items(), key=lambda item: item[1]["cosine"])[0]
+    change(root, verified, put("tensors", name, "sqnr_db", None))
+    change(root, verified, lambda record: record.update(mean_sqnr_db=None))
+    text = section(release_text(root), "Verification")
+    assert row(text, f"`{NVFP4}` | `{name}`")[-1] == "exact"
+    assert row(text, "Mean signal to quantization noise, dB") == ["exact"]
 
 
 def test_a_release_without_iterations_is_called_plain_rounding(root):

@@ -1,6 +1,8 @@
 """Evaluation against an independent computation: whole transformers models, plain sums."""
 
 import math
+import random
+import statistics
 
 import pytest
 import tiny
@@ -10,9 +12,10 @@ from test_verify import make_release
 from transformers import AutoModelForCausalLM
 
 from requant.checkpoint import Checkpoint
-from requant.evaluate import Tally, evaluate, evaluate_pruned
+from requant.errors import RequantError
+from requant.evaluate import Chain, Tally, evaluate, evaluate_pruned, kl_change
 from requant.packed import write_decoded
-from requant.records import CalibrationRecord, KeepList, TokenSetRecord, write_json
+from requant.records import CalibrationRecord, KeepList, KlChange, ModelQuality, TokenSetRecord, write_json
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 
@@ -98,7 +101,8 @@ def test_blocks_are_counted_from_0_as_their_files_are(case, capsys):
 def test_plain_rounding_is_iteration_0(case):
     """The release of this test was rounded plainly, so both columns are one model."""
     record = run(case)
-    assert record.rounded == record.quantized
+    assert record.rounded == record.quantized and record.kl_change == KlChange(difference=0, stderr=0)
+    assert record.quantized.kl_divergence_stderr > 0
     assert record.block_mse[-1]["rounded"] > record.block_mse[0]["rounded"] > 0
 
 
@@ -119,15 +123,80 @@ def test_sums_by_hand():
     tally = Tally()
     source = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]))
     ours = torch.log(torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]))
-    tally.add(ours, source, torch.tensor([0, 2]))
+    for row, label in ((0, 0), (1, 2)):
+        tally.add(ours[row : row + 1], source[row : row + 1], torch.tensor([label]))
     quality = tally.quality()
     first = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     second = 0.4 * math.log(2) + 0.6 * math.log(0.75)
     assert quality.kl_divergence == pytest.approx((first + second) / 2, rel=1e-6)
     assert quality.perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.8)) / 2), rel=1e-6)
     assert quality.top1_agreement == 0.5
-    spread = ((first - (first + second) / 2) ** 2 + (second - (first + second) / 2) ** 2) / 2
-    assert quality.kl_divergence_stderr == pytest.approx(math.sqrt(spread / 2), rel=1e-5)
+    assert quality.kl_divergence_stderr == pytest.approx(abs(first - second) / 2, rel=1e-5), "of a mean of two"
+
+
+def samples_of(divergences: list[list[float]]) -> Tally:
+    """A tally of samples of which each token's KL divergence is given, at most 0.6."""
+    tally = Tally()
+    for row in divergences:
+        # (0.5, 0.5) against (p, 1 - p): KL = -log(4 p (1 - p)) / 2
+        high = torch.tensor([(1 + math.sqrt(1 - math.exp(-2 * kl))) / 2 for kl in row], dtype=torch.float64)
+        ours = torch.stack([high, 1 - high], -1).log()
+        tally.add(ours, torch.full_like(ours, math.log(0.5)), torch.zeros(len(row), dtype=torch.long))
+    return tally
+
+
+def test_tokens_of_a_sample_are_no_independent_ones():
+    """Samples of different lengths, tokens alike within each: the error is that of the samples, many times as large as
+    tokens by themselves would make it. By hand, the ratio estimator of clusters."""
+    lengths, levels = [40, 10, 25, 80, 5, 60], [0.1, 0.5, 0.2, 0.3, 0.05, 0.4]
+    tally = samples_of([[level] * length for length, level in zip(lengths, levels, strict=True)])
+    tokens = sum(lengths)
+    mean = sum(n * level for n, level in zip(lengths, levels, strict=True)) / tokens
+    squares = sum((n * (level - mean)) ** 2 for n, level in zip(lengths, levels, strict=True))
+    quality = tally.quality()
+    assert quality.kl_divergence == pytest.approx(mean, rel=1e-9)
+    assert quality.kl_divergence_stderr == pytest.approx(math.sqrt(6 / 5 * squares) / tokens, rel=1e-9)
+    spread = sum(n * (level - mean) ** 2 for n, level in zip(lengths, levels, strict=True)) / tokens
+    assert quality.kl_divergence_stderr > 5 * math.sqrt(spread / tokens)
+
+
+def test_the_standard_error_is_that_of_samples_drawn_again():
+    draw = random.Random(0)
+    rows = [[draw.uniform(0, 0.3) * level for _ in range(draw.randint(5, 40))] for level in [0.2, 0.6, 1.0, 1.4] * 10]
+    means = []
+    for _ in range(4000):
+        again = draw.choices(rows, k=len(rows))
+        means.append(sum(map(sum, again)) / sum(map(len, again)))
+    assert samples_of(rows).quality().kl_divergence_stderr == pytest.approx(statistics.stdev(means), rel=0.06)
+
+
+def test_of_one_sample_there_is_no_standard_error():
+    """Also where others have nothing to predict."""
+    quality = samples_of([[0.1, 0.2, 0.3]]).quality()
+    assert quality.kl_divergence == pytest.approx(0.2) and quality.kl_divergence_stderr is None
+    assert ModelQuality.model_validate_json(quality.model_dump_json()) == quality
+
+
+def test_a_change_of_kl_has_the_standard_error_of_differences():
+    """Samples that differ much, and from each other's divergence by as much each: the change is all but certain."""
+    before = [[level] * 10 for level in (0.05, 0.2, 0.35, 0.5)]
+    after = [[level - 0.01 * (1 + 0.1 * number) for level in row] for number, row in enumerate(before)]
+    change = kl_change(samples_of(before), samples_of(after))
+    differences = [-0.01 * (1 + 0.1 * number) for number in range(4)]
+    assert change.difference == pytest.approx(statistics.fmean(differences), rel=1e-6)
+    assert change.stderr == pytest.approx(statistics.stdev(differences) / 2, rel=1e-6)
+    assert samples_of(before).quality().kl_divergence_stderr > 50 * change.stderr
+    assert kl_change(samples_of(before[:1]), samples_of(after[:1])).stderr is None
+
+
+def test_hidden_states_that_are_no_numbers_name_their_block(case):
+    _, _, source, _ = case
+    model = StreamedModel(Checkpoint(source))
+    chain = Chain("r as released", torch.ones(1, 4, 128, dtype=torch.bfloat16))
+    chain.advance(model, model.block(0), torch.zeros(1, 4, 128), None)
+    chain.hidden[0, 2, 5] = math.inf
+    with pytest.raises(RequantError, match="^r as released: block 1: its output has NaN or infinite values"):
+        chain.advance(model, model.block(1), torch.zeros(1, 4, 128), None)
 
 
 def keep_of(experts: list[int]) -> KeepList:

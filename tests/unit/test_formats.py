@@ -6,10 +6,10 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
-from requant import decode, int_pack, nvfp4
+from requant import decode, int_pack, nvfp4, rows
 from requant.encoding import QuantizedWeight, encode, plain_rounding, quantization_config
 from requant.errors import RequantError
-from requant.packed import decode_parts
+from requant.packed import decode_parts, decoded_on
 from requant.schemes import SCHEMES
 from requant.verify import public_decoding, rederived
 
@@ -69,13 +69,28 @@ def test_w3_agrees_with_auto_round_on_every_weight(weight):
     assert torch.equal(ours.weight, theirs)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_integer_packing_is_compressed_tensors(bits):
-    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 72), dtype=torch.int8)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("columns", [1, 5, 9, 31, 32, 33, 72, 128, 200])
+def test_integer_packing_is_compressed_tensors(bits, columns):
+    """Also where codes straddle words, and where the last word is not full."""
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, columns), dtype=torch.int8)
+    codes[0], codes[1] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     words = int_pack.pack(codes, bits)
-    assert torch.equal(words, pack_to_int32(codes, bits))
-    assert torch.equal(unpack_from_int32(words, bits, torch.Size((5, 72))).to(torch.int8), codes)
-    np.testing.assert_array_equal(decode.int_codes(words.numpy(), bits, 72), codes.numpy())
+    assert words.is_contiguous() and torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(words, bits, torch.Size((5, columns))).to(torch.int8), codes)
+    assert torch.equal(int_pack.unpack(words, bits, columns), codes)
+    np.testing.assert_array_equal(decode.int_codes(words.numpy(), bits, columns), codes.numpy())
+
+
+@pytest.mark.parametrize("name", QUANTIZING)
+def test_rounding_and_coding_some_rows_at_a_time_changes_no_bit(weight, name, monkeypatch):
+    whole, quantized = packed(weight, SCHEMES[name])
+    monkeypatch.setattr(rows, "AT_A_TIME", 5 * 256)
+    parts, again = packed(weight, SCHEMES[name])
+    assert torch.equal(again.weight, quantized.weight) and torch.equal(again.scales.float(), quantized.scales.float())
+    for part, tensor in whole.items():
+        assert torch.equal(parts[part].view(torch.uint8), tensor.view(torch.uint8)), part
+    assert torch.equal(decoded_on("cpu", parts, SCHEMES[name]), quantized.weight)
 
 
 @pytest.mark.parametrize("name", QUANTIZING)
@@ -107,13 +122,17 @@ def test_a_group_of_zeros_decodes_to_zeros():
         assert decode_parts(parts, scheme)[:, :64].any() == 0
 
 
-def test_activations_round_like_auto_round():
+@pytest.mark.parametrize("at_a_time", [1, 200, 2**20])
+def test_activations_round_like_auto_round(at_a_time, monkeypatch):
+    """However many rows are rounded at a time."""
     from auto_round.data_type.nvfp import nv_fp4_with_static_gs
 
-    x = torch.randn(2, 7, 64).to(torch.bfloat16)
+    monkeypatch.setattr(rows, "AT_A_TIME", at_a_time)
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     peak = x.abs().amax().float()
     theirs, _, _ = nv_fp4_with_static_gs(x, tensor_max=peak)
     assert torch.equal(nvfp4.round_activations(x, nvfp4.global_scale(peak)), theirs)
+    assert nvfp4.round_activations(x[:0], nvfp4.global_scale(peak)).shape == (0, 7, 64), "an expert without tokens"
 
 
 @pytest.mark.parametrize("name", QUANTIZING)

@@ -1,6 +1,8 @@
 """Quantizing a block: the tuner's result is what is written, and nothing is left to chance."""
 
 import dataclasses
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from requant import autoround, fused
+from requant import autoround, fused, nvfp4
 from requant.chain import embed, run_reference_block
 from requant.checkpoint import Checkpoint
 from requant.config import Tuning
@@ -17,6 +19,7 @@ from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.packed import decode_parts
 from requant.quantize import BlockJob, block_seed, choose_linears, input_peaks, quantize_block
+from requant.records import BlockRecord, read_json
 from requant.safetensors_io import save
 from requant.schemes import SCHEMES
 from requant.streamed import StreamedModel
@@ -131,6 +134,32 @@ def test_the_record_tells_the_losses_of_the_run(chain, tmp_path):
     assert record.tokens_per_expert and sum(record.tokens_per_expert) == 16 * 24 * 2
 
 
+def test_losses_of_all_samples_are_recorded_and_told(chain, tmp_path, capsys):
+    """Of plain rounding and of what was kept: comparable, and those of the file's own block."""
+    record = run(job(chain, tuning={"iters": 8}), tmp_path)
+    assert {0, record.best_iteration} <= record.judged.keys() <= {0, record.best_iteration, 7, *range(8)}
+    assert record.compared == (record.judged[0], min(record.judged.values()))
+    shipped = load_file(tmp_path / "h.safetensors")["calibration"].float()
+    target = load_file(chain.folder / "hidden_1.safetensors")["calibration"].float()
+    assert record.compared[1] == pytest.approx(float((shipped - target).square().mean()), rel=0.02)
+    rounded = run(job(chain, tuning={"iters": 0}), tmp_path)
+    assert rounded.judged == {0: rounded.loss_best} and rounded.loss_best == pytest.approx(record.judged[0], rel=0.02)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"loss {rounded.loss_best:.3e} -> {rounded.loss_best:.3e} over all samples, of iteration 0" in last
+    by_minibatch = run(job(chain, tuning={"iters": 8, "judge": "minibatch"}), tmp_path)
+    assert by_minibatch.judged == {} and by_minibatch.compared == (by_minibatch.losses[0], min(by_minibatch.losses))
+    assert "of minibatches, of iteration" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_record_from_before_all_samples_were_judged_still_reads(chain, tmp_path):
+    run(job(chain, tuning={"iters": 2}), tmp_path)
+    old = json.loads((tmp_path / "b.json").read_text())
+    for key in ("judged", "zero_inputs", "xxh3_64"):
+        del old[key]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_json(tmp_path / "old.json", BlockRecord).compared == (old["loss_initial"], old["loss_best"])
+
+
 @pytest.mark.parametrize("scheme", ["NVFP4", "W3A16"])
 def test_the_next_block_is_fed_what_is_shipped(chain, scheme, tmp_path):
     run(job(chain, scheme, block=0), tmp_path)
@@ -206,6 +235,23 @@ def test_experts_that_no_token_reached_are_named_and_get_their_peers_range(chain
 def test_no_peer_at_all_is_an_error():
     with pytest.raises(RequantError, match="no calibration token reached it or any of its peers"):
         input_peaks(["model.layers.0.mlp.experts.0.up_proj"], "model.layers.0.", {})
+    with pytest.raises(RequantError, match=r"self_attn\.o_proj: no calibration token reached it"):
+        input_peaks(["self_attn.o_proj", "mlp.experts.0.o_proj"], "", {"mlp.experts.0.o_proj": torch.ones(1)})
+
+
+def test_peaks_of_inputs():
+    """Zeros count as not reached; peers are other experts' Linears of that name, whoever was reached."""
+    downs = [f"mlp.experts.{number}.down_proj" for number in range(4)]
+    others = ["mlp.experts.1.up_proj", "mlp.shared_experts.down_proj", "self_attn.o_proj"]
+    seen = {downs[1]: 0.0, downs[2]: 3.0, downs[3]: 1e-42, others[0]: 9.0, others[1]: 0.0, others[2]: 5.0}
+    found = input_peaks(downs + others, "", {name: torch.tensor([peak]) for name, peak in seen.items()})
+    assert [float(found[name]) for name in downs[:3]] == [3.0, 3.0, 3.0]
+    assert float(found[downs[3]]) == pytest.approx(nvfp4.SMALLEST_PEAK)
+    assert [float(found[name]) for name in others] == [9.0, 2688.0, 5.0]
+    assert float(nvfp4.global_scale(found[others[1]])) == 1.0
+    for peak in (math.inf, math.nan):
+        with pytest.raises(RequantError, match=rf"^x: its largest input is {peak}; expected a finite number"):
+            input_peaks(["x"], "", {"x": torch.tensor([peak])})
 
 
 def test_kept_linears_stay_as_they_are_and_say_why(chain, tmp_path):

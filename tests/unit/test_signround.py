@@ -28,6 +28,58 @@ def random_stack(scheme: str, tuned: bool, seed: int = 0, schedule: Schedule = S
     return stack
 
 
+ODD = ("as drawn", "zeros", "positive", "negative", "equal ends", "small", "minus zero", "below clamp", "at clamp")
+
+
+def odd_stack(scheme: str, seed: int) -> Stack:
+    """Groups of every kind that the definitions tell apart: the largest and smallest scales, and what is beyond."""
+    draw = torch.Generator().manual_seed(seed)
+    size, limit = SCHEMES[scheme].group_size, 2.0 ** (SCHEMES[scheme].weight_bits - 1)
+    smallest = float(torch.tensor(signround.SMALLEST_INTEGER_SCALE).to(torch.bfloat16)) * limit
+    groups = torch.randn(ROWS, 12, size, generator=draw) * 2.0 ** torch.randint(-6, 3, (ROWS, 12, 1), generator=draw)
+    kind = torch.randint(0, len(ODD), (ROWS, 12), generator=draw)
+    of = {name: kind == number for number, name in enumerate(ODD)}
+    groups *= 1.0 if scheme == "NVFP4" else 4 * smallest
+    groups[of["zeros"]] = 0
+    groups[of["positive"]] = groups[of["positive"]].abs()
+    groups[of["negative"]] = -groups[of["negative"]].abs()
+    groups[of["equal ends"]] = (-1.0) ** torch.arange(size) * groups[of["equal ends"]][:, :1].abs()
+    groups[of["small"]] *= 1e-4  # NVFP4: a scale of few bits, or 0
+    groups[of["minus zero"], 3] = -0.0
+    if scheme != "NVFP4":
+        for name in ("below clamp", "at clamp"):
+            groups[of[name]] *= smallest / groups[of[name]].abs().amax(-1, keepdim=True)
+    weight = groups.flatten(1).to(torch.bfloat16)
+    scale = 2688 / weight.abs().amax().float() * torch.tensor([0.01, 0.5, 1, 1, 1.2, 4]).repeat(ROWS // 6)
+    stack = Stack({"x": ROWS}, weight, scale if scheme == "NVFP4" else None, SCHEMES[scheme], SCHEDULE)
+    stack.offsets.random_(-20000, 20000, generator=draw)
+    stack.offsets[::3] = 0
+    for shrink in stack.shrinks:
+        shrink.random_(0, 20000, generator=draw)
+        shrink[::2], shrink[5] = 0, SCHEDULE.most_shrunk
+        shrink[of["below clamp"]], shrink[of["at clamp"]] = 100, 0  # 0.9975 of BF16's 1e-5 is 1e-5 again in BF16
+    stack.kernels.weights(stack, 0, ROWS, stack.held, False)
+    return stack
+
+
+def clear_gradient(stack: Stack, seed: int) -> torch.Tensor:
+    """BF16: one whose terms in the slope of a group's factors have one sign, so that their sum in any order has it."""
+    draw = torch.Generator().manual_seed(seed)
+    offset, factors = parameters(stack)
+    rounded = defined(stack, offset, factors)
+    (slope,) = torch.autograd.grad(rounded.values.sum(), offset)
+    grouped = (tensor.detach().unflatten(1, (-1, stack.scheme.group_size)) for tensor in (rounded.codes, slope))
+    codes, inside = next(grouped).float(), next(grouped) != 0
+    weight = stack.weight.float().unflatten(1, codes.shape[1:])
+    if stack.scheme.is_nvfp4:
+        scaled = weight * signround.inverse(rounded.scales * signround.inverse(stack.tensor_scale[:, None]))[..., None]
+    else:
+        scaled = (weight.to(torch.bfloat16) / rounded.scales[..., None]).float()
+    terms = codes - torch.where(inside, scaled, 0)
+    sign = torch.randint(0, 2, (*codes.shape[:2], 1), generator=draw) * 2 - 1
+    return (torch.where(terms < 0, -sign, sign) * (0.5 + torch.rand(codes.shape, generator=draw))).flatten(1).bfloat16()
+
+
 def parameters(stack: Stack, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The offsets and factors that the stack's integers stand for, ready for autograd."""
     factors = [(1 - UNIT * shrink.to(dtype)).requires_grad_() for shrink in stack.shrinks]
@@ -117,6 +169,46 @@ def test_a_step_has_the_signs_of_the_gradient_in_float64(scheme):
         clear = slope.abs() > 0.1 * slope.nan_to_num().abs().mean()
         moved = (shrink - before).double()
         assert (moved != slope.sign())[clear & (before > 0)].sum() <= 1
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W4A16", "W8A16"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_is_the_definitions_for_groups_of_every_kind(scheme, seed):
+    """Clamped scales do not move, nor do those of zeros; every other one does, and every offset."""
+    stack = odd_stack(scheme, seed)
+    gradient = clear_gradient(stack, seed)
+    offset, factors = parameters(stack)
+    values = defined(stack, offset, factors).values
+    of_offset, *of_factors = torch.autograd.grad(values, (offset, *factors), gradient.to(values.dtype))
+    offsets, shrinks = stack.offsets.clone(), [shrink.clone() for shrink in stack.shrinks]
+    stack.step(gradient, 190, more=False)
+    assert torch.equal(stack.offsets, offsets - 10 * of_offset.sign().to(torch.int16))
+    for shrink, before, slope in zip(stack.shrinks, shrinks, of_factors, strict=True):
+        assert 0.05 < (slope != 0).float().mean() < 0.95, "both are there"
+        assert torch.equal(shrink.int(), (before + 10 * slope.sign().int()).clamp(0, SCHEDULE.most_shrunk))
+    assert torch.equal(stack.values(), defined(stack, *parameters(stack)).values.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "W3A16", "W8A16"])
+@pytest.mark.parametrize("peak", [1e-45, 9.2e-41, 1e-38, 1e-32, 1e-20, 3.3895e38])
+def test_no_magnitude_of_bf16_makes_a_value_that_is_no_number(scheme, peak):
+    """Subnormal weights and the largest ones: finite scales, values and steps; what no scale reaches is 0."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.rand(ROWS, WIDTH, generator=draw) * 2 - 1
+    weight = (weight / weight.abs().amax() * peak).to(torch.bfloat16)
+    scale = global_scale(weight.abs().amax()).expand(ROWS).contiguous()
+    assert scale.isfinite().all() and (scale > 0).all()
+    stack = Stack({"x": ROWS}, weight, scale if scheme == "NVFP4" else None, SCHEMES[scheme], SCHEDULE)
+    values = defined(stack, *parameters(stack)).values.to(torch.bfloat16)
+    assert torch.equal(stack.values(), values)
+    if peak > (1e-33 if scheme == "NVFP4" else 1e-3):
+        error = (values.double() - weight.double()).norm() / weight.double().norm()
+        assert error < {"NVFP4": 0.12, "W3A16": 0.2, "W8A16": 0.01}[scheme], "as well as any other tensor"
+    stack.step(torch.randn(ROWS, WIDTH, generator=draw).to(torch.bfloat16), 0, more=False)
+    stack.keep()
+    kept = stack.quantized()["x"]
+    for tensor in (kept.weight, kept.scales.float()):
+        assert tensor.isfinite().all()
 
 
 def test_inputs_round_like_auto_rounds_and_so_do_their_gradients():

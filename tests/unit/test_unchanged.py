@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,77 @@ def test_a_touched_file_is_read_once(release, read):
             unchanged._hashes.cache_clear()
             check_release("r", {})
     assert read == [Path(SHARD).name] * 2, "once for each time that it has, by this process or an earlier one"
+
+
+def remembered() -> dict[str, list]:
+    unchanged._hashes.cache_clear()
+    return unchanged._hashes()
+
+
+def test_each_hash_is_added_to_those_before_it(release):
+    """A thousand files are a thousand lines, not half a million: what is written stays as it is."""
+    text, place = "", None
+    for number in range(20):
+        Path(f"{number}").write_text(f"file {number}")
+        assert unchanged.hash_of(f"{number}") == digest(f"{number}")
+        found = unchanged.HASHES.read_text()
+        assert found.startswith(text) and place in (None, unchanged.HASHES.stat().st_ino)
+        text, place = found, unchanged.HASHES.stat().st_ino
+    assert set(remembered()) == {f"{number}" for number in range(20)}
+
+
+def test_two_processes_add_to_one_cache(release):
+    """Each has read it before the other wrote; what both found is there afterwards."""
+    for name in ("a", "b", "c"):
+        Path(name).write_text(name)
+    unchanged.hash_of("a")
+    code = "from requant import unchanged; print(*unchanged._hashes(), flush=True); input(); unchanged.hash_of('c')"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "a\n"
+        unchanged.hash_of("b")
+        other.communicate("\n")
+    assert other.returncode == 0 and set(remembered()) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '{"a": [1, 2, 3, "of an older',  # killed while it wrote
+        "[1]",
+        '{"b": 7, "a": null}',
+        "\ud800",
+        '{"a": [0, 0, 0, "a hash of another time"]}',
+    ],
+)
+def test_a_damaged_cache_costs_no_more_than_a_hash(release, read, damage):
+    for name in ("a", "b"):
+        Path(name).write_text(name)
+    unchanged.hash_of("b")
+    with unchanged.HASHES.open("a", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(f"\n{damage}")
+    unchanged._hashes.cache_clear()
+    assert unchanged.hash_of("a") == digest("a") and unchanged.hash_of("b") == digest("b")
+    assert {**remembered()}.keys() == {"a", "b"} and read == ["b", "a"], "the other one is still known"
+
+
+def test_a_cache_of_mostly_old_lines_is_written_anew(release, read, monkeypatch):
+    monkeypatch.setattr(unchanged, "MOST_OLD", 3)
+    Path("a").write_text("a")
+    for _ in range(6):
+        unchanged.hash_of("a")
+        later("a")
+    unchanged.hash_of("a")
+    assert len(unchanged.HASHES.read_text().split()) > 6
+    size = unchanged.HASHES.stat().st_size
+    assert list(remembered()) == ["a"] and unchanged.HASHES.stat().st_size < size / 6
+    assert unchanged.hash_of("a") == digest("a") and len(read) == 7
+
+
+def test_where_no_cache_can_be_written_files_are_hashed_all_the_same(release):
+    Path("a").write_text("a")
+    Path(".snakemake").write_text("no folder")
+    assert unchanged.hash_of("a") == digest("a")
 
 
 def test_a_change_in_place_names_the_block_that_changed_with_it(release):

@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from requant import rows
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import VERIFY_DEFAULTS, Tuning
 from requant.errors import RequantError
 from requant.packed import PackedCheckpoint, write_decoded
 from requant.packing import link_or_copy, pack
 from requant.quantize import BlockJob, quantize_block
-from requant.records import KeepList, PackRecord, read_json
+from requant.records import KeepList, PackRecord, TensorCheck, read_json
 from requant.safetensors_io import save
+from requant.schemes import SCHEMES
 from requant.streamed import StreamedModel
-from requant.verify import compare, verify
+from requant.verify import check_weight, compare, summary, verify
 
 
 def make_release(folder: Path, source: Path, scheme: str, mtp: str = "keep", experts: KeepList | None = None) -> Path:
@@ -248,6 +250,77 @@ def test_compare_gives_the_textbook_figures():
     assert cosine == pytest.approx(7 / (3 * 6**0.5))
     assert relative == pytest.approx(1 / 5)
     assert sqnr == pytest.approx(10 * np.log10(9.0))
+
+
+def test_compare_takes_a_part_at_a_time(monkeypatch):
+    """The figures are those of whole arrays, whatever the parts."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    source = draw.standard_normal((37, 64)).astype(np.float32)
+    decoded = source + 0.1 * draw.standard_normal((37, 64)).astype(np.float32)
+    whole = compare(source, decoded)
+    monkeypatch.setattr(rows, "AT_A_TIME", 100)
+    assert compare(source, decoded) == pytest.approx(whole, rel=1e-12)
+    w, d = source.ravel().astype(np.float64), decoded.ravel().astype(np.float64)
+    assert whole[0] == pytest.approx(w @ d / np.sqrt(w @ w * (d @ d)), rel=1e-12)
+    assert whole[2] == pytest.approx(10 * np.log10(w @ w / ((w - d) @ (w - d))), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("source", "decoded", "figures"),
+    [
+        ([0.0, 0.0], [0.0, 0.0], (1, 0, None)),
+        ([1.0, -2.0], [1.0, -2.0], (1, 0, None)),
+        ([0.0, 0.0], [0.0, 1.0], (0, 1, None)),
+    ],
+)
+def test_infinite_ratios_are_no_numbers(source, decoded, figures):
+    import numpy as np
+
+    assert compare(np.array(source), np.array(decoded)) == figures
+
+
+def test_means_of_sqnr_leave_exact_weights_out():
+    def check(sqnr):
+        return TensorCheck(block=0, cosine=0.99, relative_mae=0.1, sqnr_db=sqnr)
+
+    assert summary({"a": check(10.0), "b": check(None), "c": check(20.0)})["mean_sqnr_db"] == 15
+    assert summary({"a": check(None)})["mean_sqnr_db"] is None
+    assert summary({})["mean_sqnr_db"] is None
+
+
+def test_a_weight_is_checked_part_by_part_to_its_last_row(source, release, monkeypatch):
+    """What stands in the last rows is found, and the record is that of whole weights."""
+    whole = check(source, release)
+    monkeypatch.setattr(rows, "AT_A_TIME", 1000)
+    parts = check(source, release)
+    for name, found in whole.tensors.items():
+        assert parts.tensors[name].model_dump() == pytest.approx(found.model_dump(), rel=1e-12)
+    name = f"{NAME}.weight_scale"
+    edit(release[1], name, lambda tensor: torch.cat([tensor, tensor[:1]]))
+    with pytest.raises(RequantError, match=rf"{NAME}\.weight: weight_\w+.* \[129, "):
+        check(source, release)
+    edit(
+        release[1],
+        name,
+        lambda tensor: torch.cat([tensor[:127].float(), tensor[:1].float() * float("nan")]).to(tensor.dtype),
+    )
+    with pytest.raises(RequantError, match=rf"{NAME}\.weight: weight_scale: NaN"):
+        check(source, release)
+
+
+def test_an_input_scale_that_is_not_there_or_no_scale_is_named(source, nvfp4_release):
+    for value in (0.0, float("inf"), float("nan"), -1.0):
+        edit(nvfp4_release[1], f"{NAME}.input_global_scale", lambda tensor, value=value: tensor.fill_(value))
+        with pytest.raises(RequantError, match=rf"{NAME}.weight: input_global_scale \["):
+            check(source, nvfp4_release)
+        with pytest.raises(RequantError, match=rf"{NAME}.weight: input_global_scale \["):
+            StreamedModel(PackedCheckpoint(nvfp4_release[1] / "model")).block(1, quantize_activations=True)
+    parts = PackedCheckpoint(nvfp4_release[1] / "model").parts(f"{NAME}.weight")
+    del parts["input_global_scale"]
+    with pytest.raises(RequantError, match=r"^x: input_global_scale \[\]; expected a finite number above 0"):
+        check_weight("x", torch.zeros(128, 128), parts, SCHEMES["NVFP4"], 0, (0.0, 1.0))
 
 
 @pytest.mark.parametrize(
