@@ -24,7 +24,7 @@ from requant.naming import module_name, released_name
 from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read_json, write_json, write_text
 from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
 from requant.schemes import SCHEMES, Scheme
-from requant.whole import written_whole
+from requant.whole import remove_leftovers, written_whole
 
 
 def shard_name(number: int, blocks: int) -> str:
@@ -180,10 +180,11 @@ def release_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_strangers(out: Path, names: list[str]) -> None:
-    """Removes shards and tokenizer files that an earlier release of this name left in `out`."""
+    """Removes shards and tokenizer files that an earlier release of this name left in `out`, and what killed jobs did."""
     for path in out.iterdir():
-        if path.name not in names and (path.suffix in (".safetensors", ".partial") or path.name in TOKENIZER_FILES):
+        if path.name not in names and (path.suffix == ".safetensors" or path.name in TOKENIZER_FILES):
             path.unlink()
+    remove_leftovers(out)
 
 
 def routers(names: list[str]) -> set[str]:
