@@ -5,6 +5,7 @@ What the rules share: the parsed config, and input and parameter functions named
 import os
 import re
 import sys
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ sys.setrecursionlimit(20_000)
 
 from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
-from requant.buildlock import drop_stale_locks, other_build
+from requant.buildlock import alone, drop_stale_locks
 from requant.checkpoint import INDEX, Checkpoint
 from requant.clock import check_times
 from requant.config import PUBLIC, parse as parse_config, verify_limits
@@ -43,6 +44,7 @@ from requant.fp8 import without_scales
 from requant.gate import open_again
 from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
+from requant.jobs import announce_build
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
 from requant.needs import (
@@ -61,6 +63,7 @@ from requant.planning import (
     check_bucket_model,
     check_hub_model,
     check_locked_source,
+    check_persistence,
     check_storage,
     file_rates,
     made_here,
@@ -137,16 +140,43 @@ or_stop(
     SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage,
 )
 
-if workflow.is_main_process:
-    if not workflow.output_settings.dryrun:
+or_stop(check_persistence, str(workflow.workflow_settings.persistence_backend))
+announce_build()
+
+
+def only_looks(mode):
+    """Whether Snakemake will change nothing here: in a dry run, or to plan, which has no outputs."""
+    if mode == "execute" and set(workflow.dag_settings.targets) == {"plan"}:
+        return True
+    return mode in ("execute", "delete_output") and workflow.output_settings.dryrun
+
+
+def in_turn(mode):
+    """The workflow's method of that name, while no other build lives in this directory; beside one that only looks."""
+    run = getattr(workflow, mode)
+
+    def begin(*given, **settings):
+        if only_looks(mode):
+            if (other := drop_stale_locks(os.getcwd())) is not None:
+                print(f"another build is running here ({other})", file=sys.stderr)
+            if mode == "execute":
+                # Snakemake would remove the other build's locks with its own.
+                workflow.execution_settings.lock = False
+            return run(*given, **settings)
         or_stop(check_writable, ".", "results", "logs", ".snakemake")
-        open_again(Path("results"))
-    drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
-    if (other := other_build(os.getcwd())) is not None:
-        print(
-            f"another build is running here ({other}): wait for it or end it; --unlock is for dead builds",
-            file=sys.stderr,
-        )
+        with ExitStack() as held:
+            or_stop(held.enter_context, alone(os.getcwd(), mode == "unlock"))
+            if mode == "execute":
+                open_again(Path("results"))
+            return run(*given, **settings)
+
+    return begin
+
+
+# This file is read whatever Snakemake was asked for; what that is shows when it calls one of these.
+if workflow.is_main_process:
+    for mode in ("execute", "unlock", "cleanup_metadata", "cleanup_shadow", "delete_output", "containerize"):
+        setattr(workflow, mode, in_turn(mode))
 
 
 # Where things are

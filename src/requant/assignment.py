@@ -19,7 +19,7 @@ COMPUTES = False  # the same bytes on any GPU of a kind; of which kind it is sta
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/dev")  # nvidia0, nvidia1, ...; dxg, of WSL, stands for one
-WANTED = "expected a folder of yours with mode 700, where GPUs are locked: remove it, or set TMPDIR to a folder of yours"
+WANTED = "expected a folder of yours, mode 700, where GPUs are locked: remove it, or set TMPDIR to another place"
 
 _held: dict[str, int] = {}
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -24,6 +23,7 @@ from requant.config import Target
 from requant.engine_command import LOOPBACK, MOUNTED, engine_command
 from requant.errors import RequantError, brief, plain
 from requant.jobs import progress
+from requant.process import Process
 from requant.serving import (
     ENGINES,
     PLAIN,
@@ -48,7 +48,6 @@ SERVED = "requant.served"  # label: what the container serves
 OWNER = "requant.owner"  # label: the process that it belongs to, see `owner`
 SOCKET = "unix:///var/run/docker.sock"  # where Docker listens unless DOCKER_HOST says otherwise
 ANSWER_SECONDS = 120  # for one answer of Docker
-SAME_PROCESS_SECONDS = 60.0  # how far a process's start may seem to move when the clock is set
 
 
 def container_request(
@@ -222,10 +221,8 @@ def _why_no_engine(url: str, said: str) -> str:
 
 def owner() -> str:
     """A label for one container: the machine, number and start of this process, and a name no other label has."""
-    import psutil
-
-    process = psutil.Process()
-    named = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    process = Process.this()
+    named = {"host": process.host, "pid": process.pid, "started": process.started}
     return json.dumps(named | {"label": uuid.uuid4().hex})
 
 
@@ -245,21 +242,11 @@ def remove_leftovers(client: "DockerClient") -> list[str]:
 
 def _owner_is_gone(label: str) -> bool:
     """Whether the process that `label` names is one of this machine that has ended."""
-    import psutil
-
     try:
         named = json.loads(label)
-        host, pid, started = named["host"], int(named["pid"]), float(named["started"])
+        return Process(named["host"], int(named["pid"]), float(named["started"])).has_ended
     except (ValueError, KeyError, TypeError):
         return False
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < SAME_PROCESS_SECONDS
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _image(client: "DockerClient", target: Target, log: BinaryIO) -> Any:

@@ -180,7 +180,7 @@ def release_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_strangers(out: Path, names: list[str]) -> None:
-    """Removes shards and tokenizer files that an earlier release of this name left in `out`, and what killed jobs did."""
+    """Removes shards and tokenizer files that an earlier release left in `out`, and what killed jobs did."""
     for path in out.iterdir():
         if path.name not in names and (path.suffix == ".safetensors" or path.name in TOKENIZER_FILES):
             path.unlink()

@@ -23,6 +23,18 @@ def check_storage(provider: str | None, shared: bool) -> None:
         raise RequantError(f"--shared-fs-usage: no 'input-output' found; expected it: {instead}")
 
 
+def check_persistence(backend: str) -> None:
+    """Raises RequantError if Snakemake keeps its records anywhere but in files under .snakemake.
+
+    What is under way, and when a job left its outputs, is read there (`requant store`, files changed by hand).
+    """
+    if backend != "file":
+        raise RequantError(
+            f"--persistence-backend: {backend!r} found; expected file: what was made, and when, is read from files "
+            "under .snakemake"
+        )
+
+
 def made_here(path: str | Path) -> bool:
     """Whether `path` is among what the graph makes: it may be absent before a build."""
     return Path(path).parts[:1] == ("results",)
