@@ -10,7 +10,7 @@ from requant.records import CheckedFile, read_json, write_json
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.path):
     lock = load_lock(snakemake.input.lock[0]) if snakemake.input.lock else None
     files = {Path(path).name.removesuffix(".json"): read_json(path, CheckedFile) for path in snakemake.input.files}
     record = source_record(snakemake.wildcards.model, snakemake.params.path, lock, files)

@@ -4,6 +4,8 @@ Small files are hashed when a job starts. Tensors are held against their digests
 (`safetensors_io`): nothing is read twice, and a block's job pays for what it reads alone.
 """
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,28 +16,34 @@ from requant.safetensors_io import expect
 
 COMPUTES = False  # it reads what a job was given, and lets it go on or not
 
+RECORD = re.compile(r"results/source/[^/]+/files/(?P<file>[^/]+)\.json")
+WHOLE_SOURCE = re.compile(r"results/source/[^/]+/source\.json")
+MANIFEST = re.compile(r"results/[^/]+/pack\.json")
 
-def check_inputs(inputs: Iterable[str]) -> None:
+
+def check_inputs(inputs: Iterable[str], source: str | None = None) -> None:
     """Holds a job's inputs against the records among them: those of a source's files, and the manifest of a release.
 
-    Raises RequantError naming the first file that is not as its record says.
+    source: the folder of the source's files, whatever its name is. Other inputs that are called as one of them, or as
+    a record, are let be. Raises RequantError naming the first file that is not as its record says.
     """
-    paths = [Path(path) for path in inputs]
-    records = _source_records(paths)
-    for path in paths:
-        if path.name in records and path not in records.values():
+    paths = [Path(os.path.relpath(path)) for path in inputs]
+    files = [path for path in paths if source is not None and path.parent == Path(os.path.relpath(source))]
+    others = [path for path in paths if path not in files]
+    records = _source_records(others)
+    for path in files:
+        if path.name in records:
             _check_source(path, records[path.name])
-    for path in paths:
-        if path.name == "pack.json":
+    for path in others:
+        if MANIFEST.fullmatch(str(path)):
             _check_release(path)
 
 
 def _source_records(paths: list[Path]) -> dict[str, Path]:
     """The records results/source/{model}/files/{file}.json, by file; that of a whole source stands for all of them."""
-    folders = [path.parent / "files" for path in paths if path.name == "source.json"]
-    found = [path for folder in folders for path in folder.glob("*.json")]
-    found += [path for path in paths if path.parent.name == "files" and path.parents[2].name == "source"]
-    return {path.name.removesuffix(".json"): path for path in found}
+    folders = [path.parent / "files" for path in paths if WHOLE_SOURCE.fullmatch(str(path))]
+    found = [*paths, *(path for folder in folders for path in folder.glob("*.json"))]
+    return {record["file"]: path for path in found if (record := RECORD.fullmatch(str(path)))}
 
 
 def _check_source(path: Path, record: Path) -> None:

@@ -20,13 +20,13 @@ COMPUTES = False  # what surrounds a job: its log, its errors, its end
 
 
 @contextlib.contextmanager
-def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[None]:
+def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0, source: str | None = None) -> Iterator[None]:
     """Runs a job's body: output of libraries goes to the log, an error becomes one line on stderr that names the log.
 
     `progress` lines go to both. The process ends with its build: after SIGKILL of that no job may go on writing
     beside the one that takes its place. Its input is empty: nothing that a library asks can be waited for. Those of
-    the job's `inputs` that an earlier job has hashed are held against that (`requant.intact`). The body sees `gpus`
-    GPUs that no other job has (`requant.assignment`).
+    the job's `inputs` that an earlier job has hashed are held against that (`requant.intact`), the files of the model
+    in the folder `source` among them. The body sees `gpus` GPUs that no other job has (`requant.assignment`).
     """
     path = Path(log_path)
     _end_with_build()
@@ -39,7 +39,7 @@ def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[No
         os.dup2(log.fileno(), 2)
         _TERMINAL.append(terminal)
         try:
-            _check_inputs(inputs)
+            _check_inputs(inputs, source)
             take(gpus)
             yield
         except RequantError as error:
@@ -64,11 +64,11 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _check_inputs(inputs: Iterable[str]) -> None:
+def _check_inputs(inputs: Iterable[str], source: str | None) -> None:
     if inputs:
         from requant.intact import check_inputs
 
-        check_inputs(inputs)
+        check_inputs(inputs, source)
 
 
 def _log(path: Path) -> TextIO:

@@ -38,7 +38,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     disk refuses it.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{_place()}.{os.getpid()}.partial")
+    partial = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent, path.name)
@@ -53,6 +53,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """The name of the file `name` while this process writes it."""
+    return f".{name}.{_place()}.{os.getpid()}.partial"
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
