@@ -291,7 +291,9 @@ def _evaluate(model: Any, tokenizer: Any, manager: "TaskManager", tasks: list[An
                 self.add_bos_token = None
 
     return lm_eval.simple_evaluate(
-        model=OneBeginning(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+        model=OneBeginning(
+            pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, trust_remote_code=False
+        ),
         tasks=tasks,
         task_manager=manager,
         num_fewshot=settings.num_fewshot,

@@ -169,6 +169,6 @@ class Checkpoint:
         if not any((self.directory / name).exists() for name in TOKENIZERS):
             raise RequantError(f"{self.directory}: no tokenizer.json, tokenizer.model or vocab.json; expected one")
         try:
-            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise RequantError(f"{self.directory}: no tokenizer can be made of its files: {plain(error)}") from error

@@ -314,7 +314,8 @@ def _context(model: Path) -> int:
 def _check_chat(name: str, subject: Subject, model: Path) -> None:
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(model, local_files_only=True).chat_template is None:
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    if tokenizer.chat_template is None:
         raise RequantError(
             f"{subject.directory}: no chat template, which served.{name} asks through; expected one, or `chat: false`"
         )
