@@ -9,7 +9,6 @@ is labelled with the process it belongs to, and the next start removes those who
 import contextlib
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from requant.assignment import taken
 from requant.config import Target
+from requant.docker_host import docker_host
 from requant.engine_command import LOOPBACK, MOUNTED, engine_command
 from requant.errors import RequantError, brief, plain
 from requant.jobs import progress
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 SERVED = "requant.served"  # label: what the container serves
 OWNER = "requant.owner"  # label: the process that it belongs to, see `owner`
-SOCKET = "unix:///var/run/docker.sock"  # where Docker listens unless DOCKER_HOST says otherwise
 ANSWER_SECONDS = 120  # for one answer of Docker
 
 
@@ -193,12 +192,7 @@ def connected() -> Iterator["DockerClient"]:
         raise RequantError(
             f"docker: {error}; expected Docker's Python package: install envs/requirements.lock"
         ) from error
-    url = os.environ.get("DOCKER_HOST") or SOCKET
-    if not re.match(r"(unix|npipe)://|tcp://(127\.0\.0\.1|localhost)[:/]", url):
-        raise RequantError(
-            f"DOCKER_HOST: {url!r}: a Docker engine of another machine sees neither this checkpoint nor this "
-            "loopback; expected unix:///PATH"
-        )
+    url = docker_host()
     try:
         client = docker.from_env(timeout=ANSWER_SECONDS)
     except docker.errors.DockerException as error:

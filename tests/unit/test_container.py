@@ -27,12 +27,15 @@ from docker_engine import busybox_archive, host_environment, host_mounts
 from openai import OpenAI
 
 from requant import container, serving
-from requant.config import Target
+from requant.config import Sandbox, Target
 from requant.container import container_request
+from requant.docker_host import docker_host
 from requant.engines import serve_at
 from requant.errors import RequantError
+from requant.sandbox import Backend, Limits, run_untrusted, which_sandbox
 from requant.served_copy import mirror
 from requant.serving import Server
+from requant.targets import check_here
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 PROMPTS = ("sort: 4 1 3 2 ->", "The oldest")
@@ -430,10 +433,42 @@ def test_no_permission_to_ask_docker_is_one_line(tmp_path, checkpoint, monkeypat
     assert message.startswith("unix:///var/run/docker.sock: no permission to ask Docker; expected a user of the group")
 
 
-def test_a_docker_engine_elsewhere_is_one_line(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setenv("DOCKER_HOST", "ssh://me@build.example")
-    message = refusal_of(Target(image="example/cpu:1"), checkpoint, tmp_path / "log")
-    assert message.startswith("DOCKER_HOST: 'ssh://me@build.example': a Docker engine of another machine")
+ELSEWHERE = [
+    "ssh://me@build.example",
+    "tcp://192.0.2.7:2375",
+    "tcp://localhost.example:2375",
+    "tcp://localhost:2375@build.example",
+    "tcp://127.0.0.1@build.example",
+    "tcp://[::1]@build.example",
+    "http://build.example",
+    "build.example:2375",
+    "fd://3",
+    "tcp://[",
+]
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_a_docker_engine_elsewhere_is_one_line_for_whoever_asks_docker(host, tmp_path, checkpoint, monkeypatch):
+    """Whoever serves, plans to serve, or runs what a model wrote."""
+    monkeypatch.setenv("DOCKER_HOST", host)
+    said = f"DOCKER_HOST: {host!r}: a Docker engine of another machine"
+    target = Target(image="example/cpu:1")
+    assert refusal_of(target, checkpoint, tmp_path / "log").startswith(said)
+    for asked in (
+        lambda: check_here("r", "t", target),
+        lambda: which_sandbox(Sandbox(backend="docker")),
+        lambda: which_sandbox(Sandbox(backend="docker", image="python:3.11-slim")),
+        lambda: run_untrusted("", Limits(), Backend("docker", "1", None, "python:3.11-slim")),
+    ):
+        with pytest.raises(RequantError) as error:
+            asked()
+        assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["unix:///run/x.sock", "tcp://127.0.0.1:2375", "tcp://localhost", "tcp://[::1]:2375"])
+def test_a_docker_engine_here_is_asked(host, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", host)
+    assert docker_host() == host
 
 
 def test_a_missing_python_package_is_one_line(tmp_path, checkpoint, monkeypatch):
