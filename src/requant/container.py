@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -50,18 +50,26 @@ ANSWER_SECONDS = 120  # for one answer of Docker
 
 
 def container_request(
-    target: Target, model: Path, name: str, port: int, *, quantization: str | None = None, threads: int = 1
+    target: Target,
+    model: Path,
+    name: str,
+    port: int,
+    *,
+    quantization: str | None = None,
+    threads: int = 1,
+    linked: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Arguments of the Docker SDK's `containers.create` for `target` to serve the checkpoint in `model`.
 
     Plain data that JSON can hold. port: of the loopback, and in the container too. quantization: as for
-    `engine_command`. threads: of an engine on the CPU. Files of the checkpoint that are links to elsewhere are
-    mounted one by one. Raises RequantError if the target has no image.
+    `engine_command`. threads: of an engine on the CPU. Files of the checkpoint that are links into the hub's cache, or
+    to the files `linked`, are mounted one by one. Raises RequantError if the target has no image, or if a link leads
+    elsewhere.
     """
     if target.image is None:
         raise RequantError(f"image: missing; the target starts {target.engine} as a program, without a container")
     folder = Path(os.path.abspath(model))
-    checkpoint = [(str(folder), MOUNTED), *_linked_files(folder)]
+    checkpoint = [(str(folder), MOUNTED), *links_out(folder, linked)]
     return _request(target, checkpoint, name, port, quantization, threads)
 
 
@@ -124,15 +132,34 @@ def _mount(source: str, place: str, read_only: bool) -> dict[str, Any]:
     return {"Type": "bind", "Source": source, "Target": place, "ReadOnly": read_only}
 
 
-def _linked_files(folder: Path) -> list[tuple[str, str]]:
-    """(file, where links in the container lead to it) for the links in `folder` that lead out of it."""
-    found = []
+def links_out(folder: Path, linked: Collection[Path] = ()) -> list[tuple[str, str]]:
+    """(file, where links in the container lead to it) for the links in `folder` that lead out of it.
+
+    Only those of the hub's cache may, to the blobs beside the snapshot, and those to the files `linked`. Whoever made a
+    checkpoint may have made any link: RequantError names one that leads to anything else.
+    """
+    found, top = [], folder.resolve()
+    blobs = _blobs(top)
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
-        inside = Path(MOUNTED, link.relative_to(folder))
-        place = Path(os.path.normpath(inside.parent / os.readlink(link)))
-        if not place.is_relative_to(MOUNTED):
-            found.append((str(link.resolve()), str(place)))
+        inside, target, real = link.relative_to(folder), os.readlink(link), link.resolve()
+        place = Path(os.path.normpath(Path(MOUNTED, inside).parent / target))
+        if place.is_relative_to(MOUNTED):
+            continue  # to a file of the folder, or to one of these links
+        said = Path(os.path.normpath((top / inside).parent / target))  # as it is written: the container goes by that
+        if not real.is_file() or not (said in linked or said.parent == blobs == real.parent):
+            raise RequantError(
+                f"{link}: a link to {brief(target)}; expected a file in this folder, or a snapshot of the hub's cache: "
+                "what a link leads to elsewhere is not shown to a container; put the file in its place"
+            )
+        found.append((str(real), str(place)))
     return found
+
+
+def _blobs(folder: Path) -> Path | None:
+    """The folder of files that a snapshot in the hub's cache is made of; None if `folder` is none."""
+    snapshots = folder.parent
+    is_one = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent / "blobs" if is_one else None
 
 
 @contextlib.contextmanager
@@ -144,12 +171,14 @@ def serve_in_container(
     threads: int = 1,
     name: str | None = None,
     port: int = 0,
+    linked: Collection[Path] = (),
 ) -> Iterator[Server]:
     """Serves the checkpoint in `model` in a container of the target's image; its output goes to `log`.
 
-    Requests name the model `Server.model`. Raises RequantError in one line if Docker can't be asked, the image is
-    not there, Docker refuses the container, the port is taken, and, with the log's last lines, if the engine ends or
-    does not answer its health check in the target's `startup_seconds`.
+    Requests name the model `Server.model`. linked: files that its links may lead to. Raises RequantError in one line if
+    another link leads out of it, Docker can't be asked, the image is not there, Docker refuses the container, the port
+    is taken, and, with the log's last lines, if the engine ends or does not answer its health check in the target's
+    `startup_seconds`.
     """
     model, log = Path(model).resolve(), Path(log)
     name = name or model.name
@@ -159,7 +188,9 @@ def serve_in_container(
         remove_leftovers(client)
         image = _image(client, target, output)
         port = chosen_port(port, target)
-        request = container_request(target, model, name, port, quantization=quantization, threads=threads)
+        request = container_request(
+            target, model, name, port, quantization=quantization, threads=threads, linked=linked
+        )
         with _running(client, request, output) as (container, reader):
             started = time.monotonic()
             url = wait_until_healthy(

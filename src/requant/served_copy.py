@@ -6,6 +6,7 @@ Either way the engine's own sampling settings are left out: requests say how to 
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,11 @@ def mirror(packed: Path, names: list[str], folder: Path) -> None:
             (folder / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def linked_files(folder: Path) -> list[Path]:
+    """The files that the links in a folder lead to which `mirror` laid out, for `serve_at`."""
+    return [Path(os.readlink(path)) for path in folder.iterdir() if path.is_symlink()]
 
 
 def check_files(directory: str | Path, files: dict[str, FileEntry]) -> None:
