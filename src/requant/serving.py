@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.config import Target, is_credential
+from requant.engine_arguments import INHERITED
 from requant.engine_command import LOOPBACK, engine_command, quantization_of
 from requant.errors import RequantError, plain
 
@@ -219,8 +220,8 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _child_environment(settings: dict[str, str], home: Path) -> dict[str, str]:
-    """The caller's environment without credentials, with `settings` and an empty Hugging Face home."""
-    kept = {name: value for name, value in os.environ.items() if not is_credential(name)}
+    """What an engine needs of the caller's environment, with `settings` and an empty Hugging Face home."""
+    kept = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name) and not is_credential(name)}
     cache = home / "hub"
     cache.mkdir()  # the engine fails on a cache folder that is absent
     private = {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_XET_CACHE": str(home / "xet")}

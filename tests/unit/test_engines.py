@@ -72,7 +72,7 @@ def test_vllm_as_a_program_gets_the_targets_arguments_and_environment(tmp_path, 
 
 
 def test_transformers_as_a_program_gets_the_targets_arguments(tmp_path, checkpoint):
-    target = Target(arguments=["--no-such-option"], startup_seconds=60)
+    target = Target(startup_seconds=60).model_copy(update={"arguments": ["--no-such-option"]})  # past the schema
     with (
         pytest.raises(RequantError, match="status 2 before it served"),
         serve_at(target, checkpoint, tmp_path / "log"),

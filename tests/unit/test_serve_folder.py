@@ -61,10 +61,10 @@ def test_a_dry_run_shows_the_request_and_the_same_as_a_command(packed, capsys):
 
 def test_a_dry_run_of_a_program_shows_its_variables(source, capsys, tmp_path):
     configfile = tmp_path / "mine.yaml"
-    configfile.write_text("targets: {mine: {like: cpu-transformers, environment: {SAY: two words}}}\n")
+    configfile.write_text("targets: {mine: {like: cpu-transformers, environment: {PATH: /two words}}}\n")
     assert serve(source, "--target", "mine", "--configfile", configfile, "--dry-run") == 0
     line = capsys.readouterr().out.replace("\\\n", "")
-    assert shlex.split(line)[:5] == ["env", "SAY=two words", "transformers", "serve", str(source)]
+    assert shlex.split(line)[:5] == ["env", "PATH=/two words", "transformers", "serve", str(source)]
 
 
 def test_weights_that_an_engine_would_get_wrong_are_decoded_first(packed, capsys):
