@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that have no closed form, such as F1
 STDERR_TEXT = "lm-eval's; of perplexities and bits per byte the delta method over documents, which lm-eval leaves out"
-_LOCAL_DATA = ("json", "csv", "text", "parquet", "arrow")  # values of `dataset_path` that read local files
+LOCAL_DATA = ("json", "csv", "text", "parquet", "arrow")  # values of `dataset_path` that read local files
 # What a task's own Python does to run text as a program.
 _RUNS_TEXT = re.compile(
     r"(?<![\w.])(?:exec|eval)\(|code_eval|parse_expr\(|sympify\(|\bsubprocess\b|os\.(?:system|popen)\("
@@ -114,7 +114,7 @@ def task_inputs(task_folder: Path | None) -> list[str]:
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise RequantError(f"{path}: no YAML: {reason}; expected an lm-eval task file") from None
-        if task.get("dataset_path") in _LOCAL_DATA:
+        if task.get("dataset_path") in LOCAL_DATA:
             data.update(_strings((task.get("dataset_kwargs") or {}).get("data_files")))
     return [*map(str, files), *sorted(data)]
 
@@ -148,10 +148,11 @@ def _recovered(score: Score, source: float) -> float | None:
 def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
     """The index of tasks: the files under `folder`, and lm-eval's own unless the former have all of `tasks`.
 
-    RequantError naming near matches for a task that neither has.
+    RequantError naming near matches for a task that neither has. From then on templates of tasks run in a sandbox.
     """
     from lm_eval.tasks import TaskManager
 
+    confine_templates()
     if folder is not None and not folder.is_dir():
         raise RequantError(f"include_path: {folder}: not there; expected a directory of task files")
     if folder is not None:
@@ -167,6 +168,22 @@ def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
                 f"{folder or 'an include_path'}; expected the name of a task{near and f', perhaps {near}'}"
             )
     return manager
+
+
+def confine_templates() -> None:
+    """Has lm-eval render the templates of tasks where they reach values alone: neither attributes of Python's own, nor
+    through them the interpreter."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        confined = SandboxedEnvironment(
+            loader=utils.env.loader,
+            undefined=utils.env.undefined,
+            keep_trailing_newline=utils.env.keep_trailing_newline,
+        )
+        confined.filters |= utils.env.filters
+        utils.env = confined
 
 
 def refuse_code_execution(manager: "TaskManager", tasks: list[str]) -> None:
