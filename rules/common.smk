@@ -63,7 +63,9 @@ from requant.planning import (
     check_bucket_model,
     check_hub_model,
     check_locked_source,
+    check_path,
     check_persistence,
+    check_source_names,
     check_storage,
     file_rates,
     made_here,
@@ -140,6 +142,7 @@ or_stop(
     SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage,
 )
 
+or_stop(check_path, workflow.basedir, "requant's checkout")
 or_stop(check_persistence, str(workflow.workflow_settings.persistence_backend))
 announce_build()
 
@@ -266,10 +269,13 @@ def checkpoint_plan(model):
             if not is_remote(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
             or_stop(check_model, path, lock.config, lock.tensors)
+        or_stop(check_source_names, model, source_dir(model), sorted(lock.files))
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
+    or_stop(check_path, source_dir(model), f"models.{model}.path")
     local = or_stop(Checkpoint, source_dir(model))
     tensors = or_stop(tensors_of, source_dir(model))
     or_stop(check_model, source_dir(model), local.config, tensors)
+    or_stop(check_source_names, model, source_dir(model), local.files)
     return local.config, {name: entry.shard for name, entry in tensors.items()}, local.files
 
 
@@ -864,10 +870,18 @@ def benchmark_folder(wildcards):
     return located(include_path) if include_path else ""
 
 
+def files_given(paths, benchmark):
+    """Files that a benchmark names, if Snakemake can be given them."""
+    for path in paths:
+        or_stop(check_path, path, f"benchmarks.{benchmark}")
+    return paths
+
+
 def benchmark_files(wildcards):
     """The task files of a benchmark and the data files they name."""
     folder = benchmark_folder(wildcards)
-    return task_inputs(Path(folder) if folder else None)
+    found = or_stop(task_inputs, Path(folder) if folder else None)
+    return files_given(found, benchmark_of(wildcards))
 
 
 def source_scores(wildcards):
@@ -914,7 +928,8 @@ def served_task_files(wildcards):
     if wildcards.task not in PUBLIC:
         return benchmark_files(wildcards)
     folder = served_data(wildcards)
-    return list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
+    found = list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
+    return files_given(found, benchmark_of(wildcards))
 
 
 def published_folders(wildcards):
@@ -926,7 +941,8 @@ def published_folders(wildcards):
 def published_of(wildcards):
     """The files in these directories that are read."""
     folders = published_folders(wildcards).items()
-    return [str(path) for task, folder in folders for path in or_stop(published_files, task, Path(folder))]
+    found = [str(path) for task, folder in folders for path in or_stop(published_files, task, Path(folder))]
+    return files_given(found, benchmark_of(wildcards))
 
 
 def served_source_model(wildcards):

@@ -6,6 +6,8 @@ were W4A16. Tasks that run code which the model wrote are refused: this process 
 
 import contextlib
 import difflib
+import functools
+import glob
 import importlib.metadata
 import math
 import os
@@ -148,11 +150,11 @@ def _recovered(score: Score, source: float) -> float | None:
 def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
     """The index of tasks: the files under `folder`, and lm-eval's own unless the former have all of `tasks`.
 
-    RequantError naming near matches for a task that neither has. From then on templates of tasks run in a sandbox.
+    RequantError naming near matches for a task that neither has. From then on `prepare_harness` holds.
     """
     from lm_eval.tasks import TaskManager
 
-    confine_templates()
+    prepare_harness()
     if folder is not None and not folder.is_dir():
         raise RequantError(f"include_path: {folder}: not there; expected a directory of task files")
     if folder is not None:
@@ -170,9 +172,14 @@ def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
     return manager
 
 
-def confine_templates() -> None:
-    """Has lm-eval render the templates of tasks where they reach values alone: neither attributes of Python's own, nor
-    through them the interpreter."""
+def prepare_harness() -> None:
+    """Has lm-eval take templates and files of tasks for no more than they are, from now on in this process."""
+    _confine_templates()
+    _take_files_literally()
+
+
+def _confine_templates() -> None:
+    """Templates of tasks reach values alone: neither attributes of Python's own, nor through them the interpreter."""
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
@@ -184,6 +191,33 @@ def confine_templates() -> None:
         )
         confined.filters |= utils.env.filters
         utils.env = confined
+
+
+def _take_files_literally() -> None:
+    """Data files are read in a directory with brackets or stars in its path, and have them in their names."""
+    from lm_eval.api.task import ConfigurableTask
+
+    download = ConfigurableTask.download
+
+    @functools.wraps(download)
+    def literal(self, dataset_kwargs: dict[str, Any] | None = None, **settings: Any) -> None:
+        files = (dataset_kwargs or {}).get("data_files")
+        named = {"data_files": _escaped(files)} if files else {}
+        return download(self, {**dataset_kwargs, **named} if dataset_kwargs else dataset_kwargs, **settings)
+
+    if not hasattr(download, "__wrapped__"):
+        ConfigurableTask.download = literal
+
+
+def _escaped(files: Any) -> Any:
+    """Names of files as `datasets` takes them, which reads names, and the directory that they are in, as patterns."""
+    if isinstance(files, dict):
+        return {split: _escaped(named) for split, named in files.items()}
+    if isinstance(files, list):
+        return [_escaped(name) for name in files]
+    if isinstance(files, str) and os.path.exists(files) and glob.has_magic(os.path.abspath(files)):
+        return glob.escape(os.path.abspath(files))
+    return files
 
 
 def refuse_code_execution(manager: "TaskManager", tasks: list[str]) -> None:

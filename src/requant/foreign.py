@@ -175,7 +175,7 @@ def check_tasks(folder: Path, files: Iterable[str], data: Iterable[str]) -> None
     """Raises RequantError naming the first of the task `files` in `folder` that could run code, or read what is not
     among them and the `data`.
 
-    Templates run in a sandbox (`benchmark.task_manager`).
+    Templates run in a sandbox (`benchmark.prepare_harness`).
     """
     known = set(data)
     for name in sorted(files):

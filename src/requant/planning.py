@@ -3,10 +3,11 @@
 Snakemake asks for a missing file only where something has yet to be made of it; finished outputs would hide it.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 from requant.hub import COMMIT
 from requant.records import Lock
 
@@ -21,6 +22,33 @@ def check_storage(provider: str | None, shared: bool) -> None:
         raise RequantError(f"--default-storage-provider: {provider!r} found; expected none: {instead}")
     if not shared:
         raise RequantError(f"--shared-fs-usage: no 'input-output' found; expected it: {instead}")
+
+
+# What Snakemake replaces in a path that a rule is given: wildcards, with a constraint or without, and path variables.
+# There is no way to write one that is meant as it stands.
+REPLACED = re.compile(r"\{\s*\w+\s*(,.*)?\}|<[a-z][a-z0-9_]*>", re.DOTALL)
+LONGEST = 200  # bytes of a source file's name: its record and log, and what they are called while written, add to it
+
+
+def check_path(path: str | Path, key: str) -> None:
+    """Raises RequantError if Snakemake would take a part of `path` for something else; `key` says what names it."""
+    if found := REPLACED.search(str(path)):
+        raise RequantError(
+            f"{path}: {found[0]!r} in it is a wildcard to Snakemake ({key}); expected a path without {{NAME}} and "
+            "<name>: rename it, or name a link to it"
+        )
+    if not str(path).isprintable():
+        raise RequantError(f"{brief(str(path))}: a line break or the like in it ({key}); expected printable characters")
+
+
+def check_source_names(model: str, directory: str, names: Iterable[str]) -> None:
+    """`check_path` of a model's files, whose names become those of records and logs too."""
+    for name in names:
+        check_path(f"{directory}/{name}", f"models.{model}")
+        if len(name.encode()) > LONGEST:
+            raise RequantError(
+                f"{directory}/{name}: a name of {len(name.encode())} bytes (models.{model}); expected {LONGEST} or less"
+            )
 
 
 def check_persistence(backend: str) -> None:
@@ -43,7 +71,7 @@ def made_here(path: str | Path) -> bool:
 def text_files(calibration: str, settings: dict) -> list[str]:
     """The text files that a calibration's `settings` name, held-out ones included.
 
-    Raises RequantError with the key of the first that is not there.
+    Raises RequantError with the key of the first that is not there, or that Snakemake can't be given.
     """
     found = []
     for section, sources in (("sources", settings["sources"]), ("heldout.sources", settings["heldout"]["sources"])):
@@ -52,6 +80,7 @@ def text_files(calibration: str, settings: dict) -> list[str]:
             if not made_here(path) and not Path(path).is_file():
                 wrong = "no file; expected one" if Path(path).exists() else "not there"
                 raise RequantError(f"{path}: {wrong} (calibrations.{calibration}.{section}[{number}].path)")
+            check_path(path, f"calibrations.{calibration}.{section}[{number}].path")
             found.append(path)
     return found
 

@@ -213,7 +213,7 @@ def _check_code(
     data = [name.removeprefix(start) for name in statement.dependencies if name.startswith(start)]
     for each in wanted:
         if each.name == f"task/{benchmark}" and not _is_of_checkout(each, root):
-            check_tasks(at[each.name], each.files, data)
+            check_tasks(at[each.name], each.files, [*data, *(f"{each.place}/{file}" for file in each.files)])
 
 
 def _is_of_checkout(each: "Input", root: Path) -> bool:

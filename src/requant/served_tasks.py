@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant import published
-from requant.benchmark import confine_templates, refuse_code_execution, task_configs, task_manager
+from requant.benchmark import prepare_harness, refuse_code_execution, task_configs, task_manager
 from requant.config import PUBLIC, Served, Target
 from requant.errors import RequantError, plain
 
@@ -142,7 +142,7 @@ def _public_tasks(name: str) -> "TaskManager":
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    confine_templates()
+    prepare_harness()
     own = Path(lm_eval.tasks.__file__).parent
     return TaskManager(include_path=[own / folder for folder in FOLDERS[name]], include_defaults=False)
 

@@ -242,3 +242,17 @@ def test_a_template_of_a_task_reaches_values_alone(tmp_path, template):
         utils.apply_template(template, doc)
     usual = "{{question.strip()|regex_replace('a', 'x')}}: {% for each in choices %}{{each.upper()}}{% endfor %}\n"
     assert utils.apply_template(usual, doc) == "x b: CD\n"
+
+
+def test_rows_are_read_whatever_their_place_is_called(tmp_path, monkeypatch):
+    """Names are no patterns, neither of files nor of the directory that they are in."""
+    place = tmp_path / "w [b] * {x} ?"
+    (place / "tasks").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    for name in ("rows.jsonl", "r [1]*.jsonl"):
+        (place / name).write_text(json.dumps({"text": name, "answer": "b"}) + "\n")
+        (place / "tasks/tiny.yaml").write_text(QUESTIONS.replace("DATA", json.dumps(name)))
+        with benchmark.offline():
+            manager = benchmark.task_manager(["tiny_questions"], Path("tasks"))
+            (task,) = benchmark._load(manager, ["tiny_questions"])
+        assert [row["text"] for row in task.test_docs()] == [name]

@@ -378,6 +378,19 @@ def test_published_tasks_that_could_run_code_are_refused(kind, inputs, tmp_path,
     assert run(folder, tmp_path / "new", "--weights-only") == 1, "no task is run"
 
 
+def test_rows_among_the_tasks_are_their_data(inputs, tmp_path, commands):
+    task = PLAIN_TASK.replace("rows/x.jsonl", "tasks/x.jsonl")
+    (inputs / "tasks/x.yaml").write_text(task)
+    (inputs / "tasks/x.jsonl").write_text("r")
+
+    def change(config, dependencies) -> None:
+        plain_task(config, dependencies, task)
+        dependencies["task/default/x.jsonl"] = digest("r")
+
+    assert run(whole(tmp_path, change), tmp_path / "new") == 1
+    assert (tmp_path / "new/tasks/x.jsonl").read_text() == "r"
+
+
 def test_tasks_of_the_checkout_are_ones_own_whatever_they_hold(inputs, tmp_path, commands):
     """The demo's have functions; a publisher of the demo names them by their hashes."""
     names = {f"task/default/{path.name}": path for path in (ROOT / "demo/tasks").iterdir() if path.is_file()}
