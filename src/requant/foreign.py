@@ -15,8 +15,6 @@ from requant.benchmark import LOCAL_DATA
 from requant.config import Sandbox, Target
 from requant.errors import RequantError, brief, plain
 
-COMPUTES = False  # what is taken reaches the build as its config
-
 TOLD = {"description", "limits", "tested"}  # of a target, to people
 MOST_SHOWN = 12  # differences of a target
 LIMITS = ("memory_mb", "seconds", "processes")  # of the sandbox: they decide scores, and run nothing
