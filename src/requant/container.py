@@ -141,7 +141,7 @@ def links_out(folder: Path, linked: Collection[Path] = ()) -> list[tuple[str, st
     found, top = [], folder.resolve()
     blobs = _blobs(top)
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
-        inside, target, real = link.relative_to(folder), os.readlink(link), link.resolve()
+        inside, target, real = link.relative_to(folder), os.readlink(link), Path(os.path.realpath(link))
         place = Path(os.path.normpath(Path(MOUNTED, inside).parent / target))
         if place.is_relative_to(MOUNTED):
             continue  # to a file of the folder, or to one of these links

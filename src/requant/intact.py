@@ -28,10 +28,11 @@ def check_inputs(inputs: Iterable[str], source: str | None = None) -> None:
     a record, are let be. Raises RequantError naming the first file that is not as its record says.
     """
     paths = [Path(os.path.relpath(path)) for path in inputs]
-    files = [path for path in paths if source is not None and path.parent == Path(os.path.relpath(source))]
-    others = [path for path in paths if path not in files]
+    folder = None if source is None else Path(os.path.relpath(source))
+    files = {path: path.parent == folder for path in paths}
+    others = [path for path, of_source in files.items() if not of_source]
     records = _source_records(others)
-    for path in files:
+    for path in (path for path, of_source in files.items() if of_source):
         if path.name in records:
             _check_source(path, records[path.name])
     for path in others:

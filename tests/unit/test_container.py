@@ -286,6 +286,7 @@ def test_what_links_lead_to_elsewhere_is_shown_to_no_container(tmp_path):
     secret.write_text("secret")
     (tmp_path / "away/blobs").mkdir(parents=True)
     (tmp_path / "away/blobs/7d").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
     repository = tmp_path / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
     (repository / "blobs/leak").symlink_to(secret)
@@ -299,6 +300,7 @@ def test_what_links_lead_to_elsewhere_is_shown_to_no_container(tmp_path):
         ("plain", "config.json", "../away/blobs/7d"),
         ("plain", "gone.json", tmp_path / "gone"),
         ("plain", "null.safetensors", "/dev/null"),
+        ("plain", "loop.json", "../loop"),
         ("models--a--b/snapshots/0f", "config.json", "../../blobs/leak"),
         ("models--a--b/snapshots/0f", "config.json", "../../../away/blobs/7d"),
         ("models--a--b/snapshots/0f", "python3", "../../usr/7d"),
