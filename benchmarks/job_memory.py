@@ -64,7 +64,9 @@ def make(case: dict, folder: Path) -> None:
 
     torch.manual_seed(0)
     config = CONFIG_MAPPING["deepseek_v3"](**config_of(case), initializer_range=0.08)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(
+        folder / "model"
+    )
     tensors = {}
     for part, samples in (("calibration", case["samples"]), ("heldout", case["samples"] // 8)):
         shape = (samples, case["length"])

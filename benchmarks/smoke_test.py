@@ -66,7 +66,7 @@ class Engine:
     def __init__(self, folder: Path, rows: list[Row]):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False).eval()
         self.layers, self.rows = self.model.model.layers, rows
         self.inputs: list[tuple] = []
         handles = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self.layers]

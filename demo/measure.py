@@ -129,8 +129,8 @@ def skill_on_stories(model, tokenizer: PreTrainedTokenizerBase, use: ExpertUse, 
 
 def measure(folder: Path, per_kind: int, story_count: int, seed: int) -> dict:
     """The content of skill.json for the checkpoint in `folder`, in the dtype that it is stored in."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     use = ExpertUse(model)
     on_exercises = skill_on_exercises(model, tokenizer, use, per_kind, seed)
     on_stories = skill_on_stories(model, tokenizer, use, story_count, seed)

@@ -5,6 +5,7 @@ What the rules share: the parsed config, and input and parameter functions named
 import os
 import re
 import sys
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ sys.setrecursionlimit(20_000)
 
 from requant.architecture import block_count, block_of, expert_counts
 from requant.benchmark import task_inputs
-from requant.buildlock import drop_stale_locks, other_build
+from requant.buildlock import alone, drop_stale_locks
 from requant.carried import TEMPLATES, TOKENIZER_FILES, carried
 from requant.checkpoint import INDEX, Checkpoint
 from requant.clock import check_times
@@ -44,6 +45,7 @@ from requant.fp8 import without_scales
 from requant.gate import open_again
 from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
+from requant.jobs import announce_build
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
 from requant.needs import (
@@ -64,6 +66,9 @@ from requant.planning import (
     check_hub_model,
     check_locked_shards,
     check_locked_source,
+    check_path,
+    check_persistence,
+    check_source_names,
     check_storage,
     file_rates,
     made_here,
@@ -159,16 +164,44 @@ or_stop(
     SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage,
 )
 
-if workflow.is_main_process:
-    if not workflow.output_settings.dryrun:
+or_stop(check_path, workflow.basedir, "requant's checkout")
+or_stop(check_persistence, str(workflow.workflow_settings.persistence_backend))
+announce_build()
+
+
+def only_looks(mode):
+    """Whether Snakemake will change nothing here: in a dry run, or to plan, which has no outputs."""
+    if mode == "execute" and set(workflow.dag_settings.targets) == {"plan"}:
+        return True
+    return mode in ("execute", "delete_output") and workflow.output_settings.dryrun
+
+
+def in_turn(mode):
+    """The workflow's method of that name, while no other build lives in this directory; beside one that only looks."""
+    run = getattr(workflow, mode)
+
+    def begin(*given, **settings):
+        if only_looks(mode):
+            if (other := drop_stale_locks(os.getcwd())) is not None:
+                print(f"another build is running here ({other})", file=sys.stderr)
+            if mode == "execute":
+                # Snakemake would remove the other build's locks with its own.
+                workflow.execution_settings.lock = False
+            return run(*given, **settings)
         or_stop(check_writable, ".", "results", "logs", ".snakemake")
-        open_again(Path("results"))
-    drop_stale_locks(os.getcwd(), builds=not workflow.output_settings.dryrun)
-    if (other := other_build(os.getcwd())) is not None:
-        print(
-            f"another build is running here ({other}): wait for it or end it; --unlock is for dead builds",
-            file=sys.stderr,
-        )
+        with ExitStack() as held:
+            or_stop(held.enter_context, alone(os.getcwd(), mode == "unlock"))
+            if mode == "execute":
+                open_again(Path("results"))
+            return run(*given, **settings)
+
+    return begin
+
+
+# This file is read whatever Snakemake was asked for; what that is shows when it calls one of these.
+if workflow.is_main_process:
+    for mode in ("execute", "unlock", "cleanup_metadata", "cleanup_shadow", "delete_output", "containerize"):
+        setattr(workflow, mode, in_turn(mode))
 
 
 # Where things are
@@ -259,11 +292,14 @@ def checkpoint_plan(model):
                 or_stop(check_locked_source, model, source_dir(model), path, sorted(lock.files))
                 look_beside(or_stop(Checkpoint, source_dir(model)), lock.files)
             or_stop(check_model, path, lock.config, lock.tensors)
+        or_stop(check_source_names, model, source_dir(model), sorted(lock.files))
         return lock.config, {name: entry.shard for name, entry in lock.tensors.items()}, sorted(lock.files)
+    or_stop(check_path, source_dir(model), f"models.{model}.path")
     local = or_stop(Checkpoint, source_dir(model))
     tensors = or_stop(tensors_of, source_dir(model))
     or_stop(check_model, source_dir(model), local.config, tensors)
     look_beside(local, local.files)
+    or_stop(check_source_names, model, source_dir(model), local.files)
     return local.config, {name: entry.shard for name, entry in tensors.items()}, local.files
 
 
@@ -891,12 +927,20 @@ def benchmark_folder(wildcards):
     return located(include_path) if include_path else ""
 
 
+def files_given(paths, benchmark):
+    """Files that a benchmark names, if Snakemake can be given them."""
+    for path in paths:
+        or_stop(check_path, path, f"benchmarks.{benchmark}")
+    return paths
+
+
 def benchmark_files(wildcards):
     """The task files of a benchmark and the data files they name."""
     folder = benchmark_folder(wildcards)
     name = benchmark_of(wildcards)
+    found = files_given(or_stop(task_inputs, Path(folder) if folder else None), name)
     known_tasks(f"benchmarks.{name}.tasks", tuple(CONFIG.benchmarks[name].tasks), folder)
-    return task_inputs(Path(folder) if folder else None)
+    return found
 
 
 @cache
@@ -956,7 +1000,8 @@ def served_task_files(wildcards):
         known_tasks(f"{key}.task", (settings.task,), benchmark_folder(wildcards))
         return benchmark_files(wildcards)
     folder = served_data(wildcards)
-    return list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
+    found = list(map(str, or_stop(published_files, wildcards.task, Path(folder)))) if folder else []
+    return files_given(found, benchmark_of(wildcards))
 
 
 def published_folders(wildcards):
@@ -968,7 +1013,8 @@ def published_folders(wildcards):
 def published_of(wildcards):
     """The files in these directories that are read."""
     folders = published_folders(wildcards).items()
-    return [str(path) for task, folder in folders for path in or_stop(published_files, task, Path(folder))]
+    found = [str(path) for task, folder in folders for path in or_stop(published_files, task, Path(folder))]
+    return files_given(found, benchmark_of(wildcards))
 
 
 def served_source_model(wildcards):

@@ -13,7 +13,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device), source=snakemake.params.source):
     run_benchmark(
         snakemake.wildcards.model,
         Checkpoint(snakemake.params.source, read_keep(snakemake.input.keep)),

@@ -9,7 +9,7 @@ from requant.jobs import job, progress
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.source):
     record = make_token_sets(
         snakemake.wildcards.model,
         snakemake.params.source,

@@ -9,7 +9,7 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.source):
     check_open(Path(snakemake.output.block).parents[1])
     from requant.copying import copy_block
     from requant.records import read_keep

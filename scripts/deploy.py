@@ -11,7 +11,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
+with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0), source=snakemake.params.source):
     manifest, record_path = Path(snakemake.input.packed[0]), Path(snakemake.output.record)
     record = smoke_test(
         snakemake.wildcards.release,

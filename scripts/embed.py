@@ -8,5 +8,5 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.source):
     embed(snakemake.params.source, snakemake.input.tokens, snakemake.output.hidden)

@@ -11,7 +11,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device), source=snakemake.params.source):
     record = evaluate(
         Path(snakemake.params.source),
         Path(snakemake.input.packed[0]).parent / "model",

@@ -11,7 +11,7 @@ from requant.served_benchmark import Subject, measure
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
+with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0), source=snakemake.params.source):
     record = Path(snakemake.output.record)
     files = read_json(snakemake.input.record, SourceRecord).files
     measure(

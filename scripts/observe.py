@@ -10,7 +10,7 @@ from requant.saliency import write_table
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device), source=snakemake.params.source):
     block = int(snakemake.wildcards.block)
     table = observe_block(
         snakemake.params.source, snakemake.input.tokens, snakemake.input.hidden, block, snakemake.params.device

@@ -10,7 +10,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.source):
     record = pack(
         Path(snakemake.params.source),
         snakemake.wildcards.release,

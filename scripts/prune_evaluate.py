@@ -11,7 +11,7 @@ from requant.records import KeepList, read_json
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device), source=snakemake.params.source):
     record = evaluate_pruned(
         Path(snakemake.params.source),
         read_json(snakemake.input.keep[0], KeepList),

@@ -11,7 +11,7 @@ from requant.jobs import job
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.tuning["device"])):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.tuning["device"]), source=snakemake.params.source):
     check_open(Path(snakemake.output.block).parents[1])
     from requant.quantize import BlockJob, quantize_block
     from requant.records import read_keep

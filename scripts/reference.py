@@ -10,7 +10,7 @@ from requant.records import read_keep
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device)):
+with job(snakemake.log[0], snakemake.input, gpus_of(snakemake.params.device), source=snakemake.params.source):
     record = run_reference_block(
         snakemake.params.source,
         snakemake.input.tokens,

@@ -11,7 +11,7 @@ from requant.records import CheckedFile, read_json, write_json
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.path):
     lock = load_lock(snakemake.input.lock[0]) if snakemake.input.lock else None
     folder = Path(snakemake.output.record).parent / "files"
     files = {name_of_record(path, folder): read_json(path, CheckedFile) for path in snakemake.input.files}

@@ -10,7 +10,7 @@ from requant.verify import verify
 if TYPE_CHECKING:
     from snakemake.iocontainers import snakemake
 
-with job(snakemake.log[0], snakemake.input):
+with job(snakemake.log[0], snakemake.input, source=snakemake.params.source):
     record = verify(
         Path(snakemake.params.source),
         Path(snakemake.input.packed[0]).parent / "model",

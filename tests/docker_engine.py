@@ -92,9 +92,9 @@ def host_mounts() -> list[dict[str, Any]]:
 
 
 def host_environment() -> dict[str, str]:
-    """Variables with which a container that has `host_mounts()` finds this environment's programs and modules."""
+    """Variables with which a container that has `host_mounts()` finds this environment's programs."""
     programs = [str(Path(sys.executable).parent), "/bin", "/usr/bin"]
-    return {"PATH": ":".join(programs), "PYTHONPATH": ":".join(_module_folders()), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"PATH": ":".join(programs), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _module_folders() -> list[str]:

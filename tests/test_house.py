@@ -1,5 +1,6 @@
 """The house itself: locks, profile, Makefile, rules and scripts. Nothing here runs a build."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -108,6 +109,19 @@ def test_tracked_files_name_no_registry_and_no_path_of_one_machine():
         for kind in (option, hosts, folders):
             found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in kind.finditer(text)]
     assert found == []
+
+
+def test_whoever_opens_a_checkpoint_says_that_its_code_is_not_trusted():
+    """Where nothing is said, transformers asks on the terminal, and AutoRound runs the code."""
+    openers, found = re.compile(r"AutoRound|.*\.from_pretrained|.*Auto\w+\.from_config"), []
+    folders = ("src", "scripts", "demo", "benchmarks")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and openers.fullmatch(ast.unparse(node.func)):
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", said.get("trust_remote_code")))
+    assert len(found) >= 7
+    assert [place for place, said in found if said != "False"] == []
 
 
 def test_every_script_is_the_script_of_the_rule_of_its_name():

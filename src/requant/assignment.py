@@ -5,6 +5,7 @@ it starts inherit). The operating system drops the locks when the process ends, 
 let run than there are GPUs (`--resources gpu=4` on a machine with one), each GPU gets as many as the others.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -18,6 +19,7 @@ COMPUTES = False  # the same bytes on any GPU of a kind; of which kind it is sta
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICES = Path("/dev")  # nvidia0, nvidia1, ...; dxg, of WSL, stands for one
+WANTED = "expected a folder of yours, mode 700, where GPUs are locked: remove it, or set TMPDIR to another place"
 
 _held: dict[str, int] = {}
 
@@ -66,12 +68,34 @@ def visible() -> list[str]:
 
 def _lock(name: str, share: int) -> int | None:
     """The lock of a GPU's share, of all this user's jobs on this machine; None if another process has it."""
-    folder = Path(tempfile.gettempdir()) / f"requant-gpus-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    handle = os.open(folder / f"{name.replace('/', '_')}.{share}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    folder = _folder()
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        handle = os.open(f"{name.replace('/', '_')}.{share}", flags, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         return None
+    return handle
+
+
+def _folder() -> int:
+    """The folder of this user's locks, opened: others can write beside it, not into it.
+
+    Raises RequantError if what has its name is a link, or is another user's, or is open to others.
+    """
+    path = Path(tempfile.gettempdir()) / f"requant-gpus-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        raise RequantError(f"{path}: no folder that can be read; {WANTED}") from None
+    found = os.fstat(handle)
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        os.close(handle)
+        raise RequantError(f"{path}: of user {found.st_uid}, mode {found.st_mode & 0o777:o}; {WANTED}")
     return handle

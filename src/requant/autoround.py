@@ -95,6 +95,7 @@ def tune(
         tuner = AutoRound(
             OneBlockModel(inner, model_config, directory),
             tokenizer=_NoTokenizer(),
+            trust_remote_code=False,  # its default is True
             scheme=scheme.name,
             alg_configs=config,
             scale_dtype="bf16",

@@ -6,6 +6,8 @@ were W4A16. Tasks that run code which the model wrote are refused: this process 
 
 import contextlib
 import difflib
+import functools
+import glob
 import importlib.metadata
 import math
 import os
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_RESAMPLES = 1000  # for the standard error of metrics that have no closed form, such as F1
 STDERR_TEXT = "lm-eval's; of perplexities and bits per byte the delta method over documents, which lm-eval leaves out"
-_LOCAL_DATA = ("json", "csv", "text", "parquet", "arrow")  # values of `dataset_path` that read local files
+LOCAL_DATA = ("json", "csv", "text", "parquet", "arrow")  # values of `dataset_path` that read local files
 # What a task's own Python does to run text as a program.
 _RUNS_TEXT = re.compile(
     r"(?<![\w.])(?:exec|eval)\(|code_eval|parse_expr\(|sympify\(|\bsubprocess\b|os\.(?:system|popen)\("
@@ -115,7 +117,7 @@ def task_inputs(task_folder: Path | None) -> list[str]:
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise RequantError(f"{path}: no YAML: {reason}; expected an lm-eval task file") from None
-        if task.get("dataset_path") in _LOCAL_DATA:
+        if task.get("dataset_path") in LOCAL_DATA:
             data.update(_strings((task.get("dataset_kwargs") or {}).get("data_files")))
     return [*map(str, files), *sorted(data)]
 
@@ -149,10 +151,11 @@ def _recovered(score: Score, source: float) -> float | None:
 def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
     """The index of tasks: the files under `folder`, and lm-eval's own unless the former have all of `tasks`.
 
-    RequantError naming near matches for a task that neither has.
+    RequantError naming near matches for a task that neither has. From then on `prepare_harness` holds.
     """
     from lm_eval.tasks import TaskManager
 
+    prepare_harness()
     if folder is not None and not folder.is_dir():
         raise RequantError(f"include_path: {folder}: not there; expected a directory of task files")
     if folder is not None:
@@ -168,6 +171,54 @@ def task_manager(tasks: list[str], folder: Path | None) -> "TaskManager":
                 f"{folder or 'an include_path'}; expected the name of a task{near and f', perhaps {near}'}"
             )
     return manager
+
+
+def prepare_harness() -> None:
+    """Has lm-eval take templates and files of tasks for no more than they are, from now on in this process."""
+    _confine_templates()
+    _take_files_literally()
+
+
+def _confine_templates() -> None:
+    """Templates of tasks reach values alone: neither attributes of Python's own, nor through them the interpreter."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        confined = SandboxedEnvironment(
+            loader=utils.env.loader,
+            undefined=utils.env.undefined,
+            keep_trailing_newline=utils.env.keep_trailing_newline,
+        )
+        confined.filters |= utils.env.filters
+        utils.env = confined
+
+
+def _take_files_literally() -> None:
+    """Data files are read in a directory with brackets or stars in its path, and have them in their names."""
+    from lm_eval.api.task import ConfigurableTask
+
+    download = ConfigurableTask.download
+
+    @functools.wraps(download)
+    def literal(self, dataset_kwargs: dict[str, Any] | None = None, **settings: Any) -> None:
+        files = (dataset_kwargs or {}).get("data_files")
+        named = {"data_files": _escaped(files)} if files else {}
+        return download(self, {**dataset_kwargs, **named} if dataset_kwargs else dataset_kwargs, **settings)
+
+    if not hasattr(download, "__wrapped__"):
+        ConfigurableTask.download = literal
+
+
+def _escaped(files: Any) -> Any:
+    """Names of files as `datasets` takes them, which reads names, and the directory that they are in, as patterns."""
+    if isinstance(files, dict):
+        return {split: _escaped(named) for split, named in files.items()}
+    if isinstance(files, list):
+        return [_escaped(name) for name in files]
+    if isinstance(files, str) and os.path.exists(files) and glob.has_magic(os.path.abspath(files)):
+        return glob.escape(os.path.abspath(files))
+    return files
 
 
 def refuse_code_execution(manager: "TaskManager", tasks: list[str]) -> None:
@@ -297,7 +348,9 @@ def _evaluate(model: Any, tokenizer: Any, manager: "TaskManager", tasks: list[An
                 self.add_bos_token = None
 
     return lm_eval.simple_evaluate(
-        model=OneBeginning(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+        model=OneBeginning(
+            pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size, trust_remote_code=False
+        ),
         tasks=tasks,
         task_manager=manager,
         num_fewshot=settings.num_fewshot,

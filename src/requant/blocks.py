@@ -26,7 +26,7 @@ def empty_model(config: dict[str, Any]) -> nn.Module:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            model_config(config), dtype=torch.bfloat16, attn_implementation="sdpa"
+            model_config(config), dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=False
         ).eval()
 
 

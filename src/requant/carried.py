@@ -130,11 +130,6 @@ def name_of_record(record: str | Path, folder: str | Path) -> str:
     return Path(record).relative_to(folder).as_posix().removesuffix(".json")
 
 
-def in_templates(path: Path) -> str:
-    """The name of a source's file at `path`, if the folder that it is in is TEMPLATES of the source."""
-    return f"{path.parent.name}/{path.name}" if path.parent.name == TEMPLATES else path.name
-
-
 def folder_of(path: str | Path, name: str) -> Path:
     """The directory of a source whose file `name` is at `path`."""
     return Path(path).parents[name.count("/")]

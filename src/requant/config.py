@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from requant.engine_arguments import problem_in, wrong_variable
 from requant.errors import RequantError, brief, plain
 from requant.schemes import SCHEMES
 
@@ -519,22 +520,6 @@ class Limit(Section):
     why: str = Field(min_length=1, description="the reason")
 
 
-# Flags of engines that follow from other keys of a target, or that no target may set.
-OWN_FLAGS = {
-    flag: reason
-    for reason, flags in {
-        "it is where the checkpoint is": ("--model", "--model-path", "--served-model-name"),
-        "requant chooses where the engine listens": ("--host", "--port"),
-        "`devices` says it": ("--tensor-parallel-size", "-tp", "--tp", "--tp-size", "--device"),
-        "`context` says it": ("--max-model-len", "--context-length"),
-        "`memory_fraction` says it": ("--gpu-memory-utilization", "--mem-fraction-static"),
-        "`kv_cache` says it": ("--kv-cache-dtype",),
-        "it follows from the checkpoint, or from `quantization`": ("--quantization", "-q"),
-        "no code of a checkpoint is run": ("--trust-remote-code",),
-        "a credential": ("--api-key", "--hf-token"),
-    }.items()
-    for flag in flags
-}
 # Names of variables that hold credentials, and of those that only look so.
 CREDENTIAL = re.compile(r"TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|NETRC", re.IGNORECASE)
 NO_CREDENTIALS = ("TOKENIZERS_PARALLELISM",)
@@ -563,9 +548,11 @@ class Target(Section):
     container: Container = Container()
     arguments: list[str] = Field(
         [],
-        description="of the engine, after those that follow from other keys (docs/targets.md shows whole commands)",
+        description="of the engine, after those that follow from other keys: those that docs/targets.md lists",
     )
-    environment: dict[str, str] = Field({}, description="variables that the engine is started with")
+    environment: dict[str, str] = Field(
+        {}, description="variables that the engine is started with: docs/targets.md lists them"
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="what the engine runs on")
     gpu: str | None = Field(None, pattern=r"^sm\d{2,3}$", description="architecture of the GPUs: sm90, sm100, sm120")
     devices: PositiveInt = Field(1, description="GPUs that share the weights")
@@ -588,17 +575,17 @@ class Target(Section):
     tested: str | None = Field(None, min_length=1, description="what of it was run, for people")
 
     @model_validator(mode="after")
-    def _nothing_twice(self):
-        for argument in self.arguments:
-            flag = argument.partition("=")[0]
-            if flag in OWN_FLAGS:
-                raise ValueError(f"arguments: {brief(argument)}: {OWN_FLAGS[flag]}; expected other arguments")
-        for name in self.environment:
+    def _engine_is_told_what_it_may(self):
+        if (problem := problem_in(self.engine, self.arguments)) is not None:
+            raise ValueError(f"arguments: {problem}")
+        for name, value in self.environment.items():
             if is_credential(name):
                 raise ValueError(
                     f"environment: {plain(name, 80)}: a credential by its name; expected none: what a target says is "
                     "recorded and published, and an engine reads local files only"
                 )
+            if (problem := wrong_variable(self.engine, name, value)) is not None:
+                raise ValueError(f"environment: {plain(name, 80)}: {problem}")
         return self
 
     @model_validator(mode="after")

@@ -9,21 +9,21 @@ is labelled with the process it belongs to, and the next start removes those who
 import contextlib
 import json
 import os
-import re
 import signal
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from requant.assignment import taken
 from requant.config import Target
+from requant.docker_host import docker_host
 from requant.engine_command import LOOPBACK, MOUNTED, engine_command
 from requant.errors import RequantError, brief, plain
 from requant.jobs import progress
+from requant.process import Process
 from requant.serving import (
     ENGINES,
     PLAIN,
@@ -46,24 +46,30 @@ if TYPE_CHECKING:
 
 SERVED = "requant.served"  # label: what the container serves
 OWNER = "requant.owner"  # label: the process that it belongs to, see `owner`
-SOCKET = "unix:///var/run/docker.sock"  # where Docker listens unless DOCKER_HOST says otherwise
 ANSWER_SECONDS = 120  # for one answer of Docker
-SAME_PROCESS_SECONDS = 60.0  # how far a process's start may seem to move when the clock is set
 
 
 def container_request(
-    target: Target, model: Path, name: str, port: int, *, quantization: str | None = None, threads: int = 1
+    target: Target,
+    model: Path,
+    name: str,
+    port: int,
+    *,
+    quantization: str | None = None,
+    threads: int = 1,
+    linked: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Arguments of the Docker SDK's `containers.create` for `target` to serve the checkpoint in `model`.
 
     Plain data that JSON can hold. port: of the loopback, and in the container too. quantization: as for
-    `engine_command`. threads: of an engine on the CPU. Files of the checkpoint that are links to elsewhere are
-    mounted one by one. Raises RequantError if the target has no image.
+    `engine_command`. threads: of an engine on the CPU. Files of the checkpoint that are links into the hub's cache, or
+    to the files `linked`, are mounted one by one. Raises RequantError if the target has no image, or if a link leads
+    elsewhere.
     """
     if target.image is None:
         raise RequantError(f"image: missing; the target starts {target.engine} as a program, without a container")
     folder = Path(os.path.abspath(model))
-    checkpoint = [(str(folder), MOUNTED), *_linked_files(folder)]
+    checkpoint = [(str(folder), MOUNTED), *links_out(folder, linked)]
     return _request(target, checkpoint, name, port, quantization, threads)
 
 
@@ -126,15 +132,34 @@ def _mount(source: str, place: str, read_only: bool) -> dict[str, Any]:
     return {"Type": "bind", "Source": source, "Target": place, "ReadOnly": read_only}
 
 
-def _linked_files(folder: Path) -> list[tuple[str, str]]:
-    """(file, where links in the container lead to it) for the links in `folder` that lead out of it."""
-    found = []
+def links_out(folder: Path, linked: Collection[Path] = ()) -> list[tuple[str, str]]:
+    """(file, where links in the container lead to it) for the links in `folder` that lead out of it.
+
+    Only those of the hub's cache may, to the blobs beside the snapshot, and those to the files `linked`. Whoever made a
+    checkpoint may have made any link: RequantError names one that leads to anything else.
+    """
+    found, top = [], folder.resolve()
+    blobs = _blobs(top)
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
-        inside = Path(MOUNTED, link.relative_to(folder))
-        place = Path(os.path.normpath(inside.parent / os.readlink(link)))
-        if not place.is_relative_to(MOUNTED):
-            found.append((str(link.resolve()), str(place)))
+        inside, target, real = link.relative_to(folder), os.readlink(link), Path(os.path.realpath(link))
+        place = Path(os.path.normpath(Path(MOUNTED, inside).parent / target))
+        if place.is_relative_to(MOUNTED):
+            continue  # to a file of the folder, or to one of these links
+        said = Path(os.path.normpath((top / inside).parent / target))  # as it is written: the container goes by that
+        if not real.is_file() or not (said in linked or said.parent == blobs == real.parent):
+            raise RequantError(
+                f"{link}: a link to {brief(target)}; expected a file in this folder, or a snapshot of the hub's cache: "
+                "what a link leads to elsewhere is not shown to a container; put the file in its place"
+            )
+        found.append((str(real), str(place)))
     return found
+
+
+def _blobs(folder: Path) -> Path | None:
+    """The folder of files that a snapshot in the hub's cache is made of; None if `folder` is none."""
+    snapshots = folder.parent
+    is_one = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent / "blobs" if is_one else None
 
 
 @contextlib.contextmanager
@@ -146,12 +171,14 @@ def serve_in_container(
     threads: int = 1,
     name: str | None = None,
     port: int = 0,
+    linked: Collection[Path] = (),
 ) -> Iterator[Server]:
     """Serves the checkpoint in `model` in a container of the target's image; its output goes to `log`.
 
-    Requests name the model `Server.model`. Raises RequantError in one line if Docker can't be asked, the image is
-    not there, Docker refuses the container, the port is taken, and, with the log's last lines, if the engine ends or
-    does not answer its health check in the target's `startup_seconds`.
+    Requests name the model `Server.model`. linked: files that its links may lead to. Raises RequantError in one line if
+    another link leads out of it, Docker can't be asked, the image is not there, Docker refuses the container, the port
+    is taken, and, with the log's last lines, if the engine ends or does not answer its health check in the target's
+    `startup_seconds`.
     """
     model, log = Path(model).resolve(), Path(log)
     name = name or model.name
@@ -161,7 +188,9 @@ def serve_in_container(
         remove_leftovers(client)
         image = _image(client, target, output)
         port = chosen_port(port, target)
-        request = container_request(target, model, name, port, quantization=quantization, threads=threads)
+        request = container_request(
+            target, model, name, port, quantization=quantization, threads=threads, linked=linked
+        )
         with _running(client, request, output) as (container, reader):
             started = time.monotonic()
             url = wait_until_healthy(
@@ -194,12 +223,7 @@ def connected() -> Iterator["DockerClient"]:
         raise RequantError(
             f"docker: {error}; expected Docker's Python package: install envs/requirements.lock"
         ) from error
-    url = os.environ.get("DOCKER_HOST") or SOCKET
-    if not re.match(r"(unix|npipe)://|tcp://(127\.0\.0\.1|localhost)[:/]", url):
-        raise RequantError(
-            f"DOCKER_HOST: {url!r}: a Docker engine of another machine sees neither this checkpoint nor this "
-            "loopback; expected unix:///PATH"
-        )
+    url = docker_host()
     try:
         client = docker.from_env(timeout=ANSWER_SECONDS)
     except docker.errors.DockerException as error:
@@ -222,10 +246,8 @@ def _why_no_engine(url: str, said: str) -> str:
 
 def owner() -> str:
     """A label for one container: the machine, number and start of this process, and a name no other label has."""
-    import psutil
-
-    process = psutil.Process()
-    named = {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    process = Process.this()
+    named = {"host": process.host, "pid": process.pid, "started": process.started}
     return json.dumps(named | {"label": uuid.uuid4().hex})
 
 
@@ -245,21 +267,11 @@ def remove_leftovers(client: "DockerClient") -> list[str]:
 
 def _owner_is_gone(label: str) -> bool:
     """Whether the process that `label` names is one of this machine that has ended."""
-    import psutil
-
     try:
         named = json.loads(label)
-        host, pid, started = named["host"], int(named["pid"]), float(named["started"])
+        return Process(named["host"], int(named["pid"]), float(named["started"])).has_ended
     except (ValueError, KeyError, TypeError):
         return False
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < SAME_PROCESS_SECONDS
-        return not same or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _image(client: "DockerClient", target: Target, log: BinaryIO) -> Any:

@@ -34,7 +34,7 @@ from requant.records import (
 )
 from requant.reference_text import RECORDED
 from requant.replay import TIE_TEXT, Served, agreement_of, disagreements
-from requant.served_copy import check_files, served_copy, why_decoded
+from requant.served_copy import check_files, linked_files, served_copy, why_decoded
 from requant.serving import Server, unwinding_on_sigterm
 from requant.smoke_texts import Texts, choose_texts, heldout_rows, heldout_tokens
 
@@ -162,7 +162,7 @@ def _serve_and_ask(
         if texts.labels:
             decisions.lay_out(model, tokenizer, texts.labels)
         progress(f"{release}: starting the engine (log: {server_log})")
-        with serve_at(target, model, server_log, threads) as server:
+        with serve_at(target, model, server_log, threads, linked=linked_files(model)) as server:
             progress(f"{release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
             return server, ask_everything(release, server, tokenizer, texts, settings, target)
 

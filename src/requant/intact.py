@@ -4,10 +4,12 @@ Small files are hashed when a job starts. Tensors are held against their digests
 (`safetensors_io`): nothing is read twice, and a block's job pays for what it reads alone.
 """
 
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from requant.carried import TEMPLATES, in_templates, name_of_record
+from requant.carried import TEMPLATES, is_source_name
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.records import CheckedFile, FileEntry, PackRecord, read_json
@@ -15,32 +17,40 @@ from requant.safetensors_io import expect
 
 COMPUTES = False  # it reads what a job was given, and lets it go on or not
 
+RECORD = re.compile(rf"results/source/[^/]+/files/(?P<file>({TEMPLATES}/)?[^/]+)\.json")
+WHOLE_SOURCE = re.compile(r"results/source/[^/]+/source\.json")
+MANIFEST = re.compile(r"results/[^/]+/pack\.json")
 
-def check_inputs(inputs: Iterable[str]) -> None:
+
+def check_inputs(inputs: Iterable[str], source: str | None = None) -> None:
     """Holds a job's inputs against the records among them: those of a source's files, and the manifest of a release.
 
-    Raises RequantError naming the first file that is not as its record says.
+    source: the folder of the source's files, whatever its name is. Other inputs that are called as one of them, or as
+    a record, are let be. Raises RequantError naming the first file that is not as its record says.
     """
-    paths = [Path(path) for path in inputs]
-    records = _source_records(paths)
-    for path in paths:
-        name = next((name for name in (in_templates(path), path.name) if name in records), None)
-        if name is not None and path not in records.values():
+    paths = [Path(os.path.relpath(path)) for path in inputs]
+    names = {} if source is None else _names_in(Path(os.path.relpath(source)), paths)
+    others = [path for path in paths if path not in names]
+    records = _source_records(others)
+    for path, name in names.items():
+        if name in records:
             _check_source(path, records[name])
-    for path in paths:
-        if path.name == "pack.json":
+    for path in others:
+        if MANIFEST.fullmatch(str(path)):
             _check_release(path)
 
 
 def _source_records(paths: list[Path]) -> dict[str, Path]:
     """The records results/source/{model}/files/{file}.json, by file; that of a whole source stands for all of them."""
-    folders = [path.parent / "files" for path in paths if path.name == "source.json"]
-    found = {name_of_record(path, folder): path for folder in folders for path in folder.rglob("*.json")}
-    for path in paths:
-        folder = path.parent.parent if path.parent.name == TEMPLATES else path.parent
-        if folder.name == "files" and folder.parents[1].name == "source":
-            found[name_of_record(path, folder)] = path
-    return found
+    folders = [path.parent / "files" for path in paths if WHOLE_SOURCE.fullmatch(str(path))]
+    found = [*paths, *(path for folder in folders for path in folder.rglob("*.json"))]
+    return {record["file"]: path for path in found if (record := RECORD.fullmatch(str(path)))}
+
+
+def _names_in(source: Path, paths: Iterable[Path]) -> dict[Path, str]:
+    """Of the `paths` those of files of the source in that folder, with their names."""
+    names = {path: path.relative_to(source).as_posix() for path in paths if path.is_relative_to(source)}
+    return {path: name for path, name in names.items() if is_source_name(name)}
 
 
 def _check_source(path: Path, record: Path) -> None:

@@ -1,7 +1,8 @@
-"""What every job of the graph does around its one function: log, one-line errors, an end with its parent."""
+"""What every job of the graph does around its one function: log, one-line errors, an end with its build."""
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,21 +13,24 @@ from typing import NoReturn, TextIO
 
 from requant.assignment import take
 from requant.errors import RequantError
+from requant.process import Process
 from requant.whole import OF_WRITES, not_written
 
 COMPUTES = False  # what surrounds a job: its log, its errors, its end
 
 
 @contextlib.contextmanager
-def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[None]:
+def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0, source: str | None = None) -> Iterator[None]:
     """Runs a job's body: output of libraries goes to the log, an error becomes one line on stderr that names the log.
 
-    `progress` lines go to both. The process ends with its parent: after SIGKILL of the build no job may go on
-    writing beside the one that takes its place. Those of the job's `inputs` that an earlier job has hashed are held
-    against that (`requant.intact`). The body sees `gpus` GPUs that no other job has (`requant.assignment`).
+    `progress` lines go to both. The process ends with its build: after SIGKILL of that no job may go on writing
+    beside the one that takes its place. Its input is empty: nothing that a library asks can be waited for. Those of
+    the job's `inputs` that an earlier job has hashed are held against that (`requant.intact`), the files of the model
+    in the folder `source` among them. The body sees `gpus` GPUs that no other job has (`requant.assignment`).
     """
     path = Path(log_path)
-    _end_with_parent()
+    _end_with_build()
+    _close_input()
     terminal = os.dup(2)
     with _log(path) as log:
         sys.stdout.flush()
@@ -35,7 +39,7 @@ def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[No
         os.dup2(log.fileno(), 2)
         _TERMINAL.append(terminal)
         try:
-            _check_inputs(inputs)
+            _check_inputs(inputs, source)
             take(gpus)
             yield
         except RequantError as error:
@@ -46,6 +50,13 @@ def job(log_path: str, inputs: Iterable[str] = (), gpus: int = 0) -> Iterator[No
             _flush()
 
 
+def _close_input() -> None:
+    """Puts an end before whoever reads the standard input."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
+
 def _in_a_line(error: Exception) -> str:
     """What a library raised. A full disk is met by any write, also by one to the log, which names no file."""
     if isinstance(error, OSError) and error.errno in OF_WRITES:
@@ -53,11 +64,11 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _check_inputs(inputs: Iterable[str]) -> None:
+def _check_inputs(inputs: Iterable[str], source: str | None) -> None:
     if inputs:
         from requant.intact import check_inputs
 
-        check_inputs(inputs)
+        check_inputs(inputs, source)
 
 
 def _log(path: Path) -> TextIO:
@@ -78,6 +89,7 @@ def _end_with(message: str, log: Path) -> NoReturn:
 
 
 SHELLS = ("sh", "bash", "dash", "zsh")
+BUILD = "REQUANT_BUILD"  # the variable that names the process of the build to its jobs
 _TERMINAL: list[int] = []
 
 
@@ -110,23 +122,38 @@ def _exit_failed() -> NoReturn:
     os._exit(1)  # the line above says it all: no second traceback by the caller
 
 
-def _end_with_parent() -> None:
-    """Ends this process within a second after the one that started it, shells between them not counted."""
-    import psutil
+def announce_build() -> None:
+    """Tells the jobs that this process starts whose they are, by their environment."""
+    os.environ[BUILD] = str(Process.this())
 
-    started_by = next((found for found in psutil.Process().parents() if found.name() not in SHELLS), None)
-    if started_by is None:
+
+def _end_with_build() -> None:
+    """Ends this process at once if its build has ended, else within a second after that.
+
+    The build is the process that called `announce_build`; without one, whatever started this, shells not counted. A
+    parent that is gone would not do: its children have another one, which lives on.
+    """
+    build = Process.read(os.environ.get(BUILD, ""))
+    if build is None or build.is_elsewhere:
+        build = _started_by()
+    if build is None:
         return
-
-    def lives() -> bool:
-        try:
-            return started_by.is_running() and started_by.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+    if build.has_ended:
+        os._exit(1)
 
     def watch() -> None:
-        while lives():
+        while not build.has_ended:
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _started_by() -> Process | None:
+    import psutil
+
+    for found in psutil.Process().parents():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if found.name() not in SHELLS:
+                return Process(socket.gethostname(), found.pid, found.create_time())
+    return None

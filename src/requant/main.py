@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     rebuild.add_argument(
         "--weights-only", action="store_true", help="the checkpoint alone: no card, and none of its measurements"
     )
+    rebuild.add_argument(
+        "--target",
+        metavar="NAME",
+        help="where to serve, of your own: see docs/targets.md; the published one, if absent",
+    )
+    rebuild.add_argument(
+        "--configfile", type=Path, metavar="FILE", help="a config with `targets`, and a `sandbox`, of your own"
+    )
     rebuild.set_defaults(run=_reproduce)
     hold = commands.add_parser("compare", help="compare two copies of a release", epilog=STATUS)
     hold.add_argument("published", type=Path, metavar="PUBLISHED", help="its folder, or its provenance.json alone")
@@ -128,6 +136,8 @@ def _reproduce(asked: argparse.Namespace) -> int:
             asked.weights_only,
             dict(asked.tolerance),
             _say,
+            asked.target,
+            asked.configfile,
         )
     except BuildFailed as error:
         print(f"error: {error}", file=sys.stderr)

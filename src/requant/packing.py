@@ -29,7 +29,7 @@ from requant.records import BlockRecord, KeepList, PackRecord, TensorEntry, read
 from requant.safetensors_io import DTYPE_BYTES, load, read_header, save
 from requant.schemes import SCHEMES, Scheme
 from requant.tokenizer import converted_from, made_files, write_made
-from requant.whole import written_whole
+from requant.whole import remove_leftovers, written_whole
 
 if TYPE_CHECKING:
     import torch
@@ -202,11 +202,12 @@ def _drafting(checkpoint: Checkpoint, dropped: set[str]) -> str:
 
 
 def remove_strangers(out: Path, names: list[str]) -> None:
-    """Removes shards and carried files that an earlier release of this name left in `out`."""
+    """Removes shards and carried files that an earlier release left in `out`, and what killed jobs did."""
     for path in [*out.iterdir(), *(out / TEMPLATES).glob("*")]:
         name = path.relative_to(out).as_posix()
-        if name not in names and path.is_file() and (path.suffix in (".safetensors", ".partial") or is_carried(name)):
+        if name not in names and path.is_file() and (path.suffix == ".safetensors" or is_carried(name)):
             path.unlink()
+    remove_leftovers(out)
 
 
 def routers(names: list[str]) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from requant.checkpoint import Checkpoint
 from requant.documents import check_text
-from requant.errors import RequantError, plain
+from requant.errors import RequantError, brief, plain
 from requant.hub import COMMIT
 from requant.naming import LEFT_OUT
 from requant.records import Lock
@@ -30,6 +30,45 @@ def check_storage(provider: str | None, shared: bool) -> None:
         raise RequantError(f"--shared-fs-usage: no 'input-output' found; expected it: {instead}")
 
 
+# What Snakemake replaces in a path that a rule is given: wildcards, with a constraint or without, and path variables.
+# There is no way to write one that is meant as it stands.
+REPLACED = re.compile(r"\{\s*\w+\s*(,.*)?\}|<[a-z][a-z0-9_]*>", re.DOTALL)
+LONGEST = 200  # bytes of a source file's name: its record and log, and what they are called while written, add to it
+
+
+def check_path(path: str | Path, key: str) -> None:
+    """Raises RequantError if Snakemake would take a part of `path` for something else; `key` says what names it."""
+    if found := REPLACED.search(str(path)):
+        raise RequantError(
+            f"{path}: {found[0]!r} in it is a wildcard to Snakemake ({key}); expected a path without {{NAME}} and "
+            "<name>: rename it, or name a link to it"
+        )
+    if not str(path).isprintable():
+        raise RequantError(f"{brief(str(path))}: a line break or the like in it ({key}); expected printable characters")
+
+
+def check_source_names(model: str, directory: str, names: Iterable[str]) -> None:
+    """`check_path` of a model's files, whose names become those of records and logs too."""
+    for name in names:
+        check_path(f"{directory}/{name}", f"models.{model}")
+        if len(name.encode()) > LONGEST:
+            raise RequantError(
+                f"{directory}/{name}: a name of {len(name.encode())} bytes (models.{model}); expected {LONGEST} or less"
+            )
+
+
+def check_persistence(backend: str) -> None:
+    """Raises RequantError if Snakemake keeps its records anywhere but in files under .snakemake.
+
+    What is under way, and when a job left its outputs, is read there (`requant store`, files changed by hand).
+    """
+    if backend != "file":
+        raise RequantError(
+            f"--persistence-backend: {backend!r} found; expected file: what was made, and when, is read from files "
+            "under .snakemake"
+        )
+
+
 def made_here(path: str | Path) -> bool:
     """Whether `path` is among what the graph makes: it may be absent before a build."""
     return Path(path).parts[:1] == ("results",)
@@ -38,7 +77,8 @@ def made_here(path: str | Path) -> bool:
 def text_files(calibration: str, settings: dict) -> list[str]:
     """The text files that a calibration's `settings` name, held-out ones included.
 
-    Raises RequantError with the key of the first that is not there, or is nothing that `documents` reads.
+    Raises RequantError with the key of the first that is not there, is nothing that `documents` reads, or that
+    Snakemake can't be given.
     """
     found = []
     for section, sources in (("sources", settings["sources"]), ("heldout.sources", settings["heldout"]["sources"])):
@@ -51,6 +91,7 @@ def text_files(calibration: str, settings: dict) -> list[str]:
             if not Path(path).is_file():
                 wrong = "no file; expected one" if Path(path).exists() else "not there"
                 raise RequantError(f"{path}: {wrong} ({key})")
+            check_path(path, key)
             try:
                 check_text(path, source["field"])
             except RequantError as error:

@@ -37,6 +37,7 @@ from typing import Any, Literal
 
 from requant import confined
 from requant.config import Sandbox
+from requant.docker_host import docker_host
 from requant.errors import RequantError, plain
 from requant.serving import unwinding_on_sigterm
 
@@ -361,10 +362,11 @@ def _docker(image: str | None) -> Backend:
 
 @contextlib.contextmanager
 def _docker_client(timeout: float) -> Iterator[Any]:
-    """A client of the engine that DOCKER_HOST names, or of this machine's; RequantError for whatever it says."""
+    """A client of this machine's engine; RequantError if DOCKER_HOST names another's, and for whatever it says."""
     import docker
     import requests
 
+    docker_host()
     try:
         with contextlib.closing(docker.from_env(timeout=timeout)) as client:
             yield client

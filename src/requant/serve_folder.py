@@ -37,7 +37,8 @@ class Serving:
 def planned(folder: Path, target_name: str, target: Target) -> Serving:
     """How the checkpoint in `folder` is served at `target`.
 
-    Raises RequantError if it is none, or if the target can't serve it: its format, its family, or its size.
+    Raises RequantError if it is none, if the target can't serve it (its format, its family, or its size), and if a
+    container would be shown what a link in it leads to elsewhere.
     """
     folder = folder.absolute()
     checkpoint, quantization = Checkpoint(folder), quantization_of(folder)
@@ -56,6 +57,10 @@ def planned(folder: Path, target_name: str, target: Target) -> Serving:
         wanted = wanted_context(target, config, 1)
         if (short := shortage(target, stored, config, wanted)) is not None:
             raise RequantError(f"{folder}: does not fit target {target_name!r}: {short}")
+    if target.image is not None:
+        from requant.container import links_out
+
+        links_out(folder)
     name = folder.parent.name if folder.name == "model" else folder.name
     return Serving(folder, name, target_name, target, quantization, reason)
 

@@ -33,7 +33,7 @@ from requant.records import (
     write_json,
     write_text,
 )
-from requant.served_copy import served_copy
+from requant.served_copy import linked_files, served_copy
 from requant.served_model import client, past_proxies
 from requant.served_tasks import (
     Choice,
@@ -109,7 +109,7 @@ def measure(
         if choice.chat and target.engine == "transformers":  # others have templates of their own for some models
             _check_chat(name, subject, model)
         progress(f"{subject.name}: {name}: starting the engine (log: {server_log})")
-        server = stack.enter_context(serve_at(target, model, server_log, threads))
+        server = stack.enter_context(serve_at(target, model, server_log, threads, linked=linked_files(model)))
         depends_on = {
             "checkpoint": {file: entry.sha256 for file, entry in subject.files.items()},
             "settings": settings.model_dump(mode="json", exclude={"expected", "source", "metric", "limit", "data"}),
@@ -314,7 +314,8 @@ def _context(model: Path) -> int:
 def _check_chat(name: str, subject: Subject, model: Path) -> None:
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(model, local_files_only=True).chat_template is None:
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    if tokenizer.chat_template is None:
         raise RequantError(
             f"{subject.directory}: no chat template, which served.{name} asks through; expected one, or `chat: false`"
         )

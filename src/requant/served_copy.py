@@ -6,6 +6,7 @@ Either way the engine's own sampling settings are left out: requests say how to 
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,11 @@ def mirror(packed: Path, names: list[str], folder: Path) -> None:
             shutil.copyfile(path, place)
     if set(TOKENIZERS) & set(names):
         write_made(made_files(Checkpoint(folder)), folder)
+
+
+def linked_files(folder: Path) -> list[Path]:
+    """The files that the links in a folder lead to which `mirror` laid out, for `serve_at`."""
+    return [Path(os.readlink(path)) for path in folder.iterdir() if path.is_symlink()]
 
 
 def check_files(directory: str | Path, files: dict[str, FileEntry]) -> None:

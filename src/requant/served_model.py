@@ -68,6 +68,7 @@ def client(server: Server, model: Path, target: Target, chat: bool, seed: int, c
         "max_length": context,
         # Without a header of its own lm-eval would send the key for another service that the environment may hold.
         "header": {"Authorization": "Bearer none"},
+        "trust_remote_code": False,
     }
     if chat:
         lm = Chat(base_url=f"{server.url}/v1/chat/completions", **common)

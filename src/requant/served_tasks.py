@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from requant import published
-from requant.benchmark import refuse_code_execution, task_configs, task_manager
+from requant.benchmark import prepare_harness, refuse_code_execution, task_configs, task_manager
 from requant.config import PUBLIC, Served, Target
 from requant.errors import RequantError, plain
 
@@ -147,6 +147,7 @@ def _public_tasks(name: str) -> "TaskManager":
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
+    prepare_harness()
     own = Path(lm_eval.tasks.__file__).parent
     return TaskManager(include_path=[own / folder for folder in FOLDERS[name]], include_defaults=False)
 

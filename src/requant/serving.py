@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from requant.config import Target, is_credential
+from requant.engine_arguments import INHERITED
 from requant.engine_command import LOOPBACK, engine_command, quantization_of
 from requant.errors import RequantError, plain
 
@@ -37,6 +38,8 @@ UNKNOWN = "unknown"  # version of an engine that does not tell
 ENGINES = {"transformers": "transformers serve", "vllm": "vllm serve", "sglang": "sglang"}
 # Engines ask nobody, and their logs are plain lines that appear when they are written.
 PLAIN = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "TYPER_STANDARD_TRACEBACK": "1", "PYTHONUNBUFFERED": "1"}
+# The directory that an engine is started in has a checkpoint, and what came with it: no modules are looked for there.
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 _LISTENING = re.compile(r"running on http://127\.0\.0\.1:(\d+)")
 # Sets the parent-death signal in the process that becomes the engine. A preexec_fn would run in a fork of a
 # process with threads, where only async-signal-safe code is allowed.
@@ -187,7 +190,7 @@ def _engine(command: list[str], directory: Path, environment: dict[str, str], lo
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER, str(os.getpid()), *command],
+            [sys.executable, "-P", "-c", _LAUNCHER, str(os.getpid()), *command],
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -219,11 +222,11 @@ def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _child_environment(settings: dict[str, str], home: Path) -> dict[str, str]:
-    """The caller's environment without credentials, with `settings` and an empty Hugging Face home."""
-    kept = {name: value for name, value in os.environ.items() if not is_credential(name)}
+    """What an engine needs of the caller's environment, with `settings` and an empty Hugging Face home."""
+    kept = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name) and not is_credential(name)}
     cache = home / "hub"
     cache.mkdir()  # the engine fails on a cache folder that is absent
-    private = {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_XET_CACHE": str(home / "xet")}
+    private = {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_XET_CACHE": str(home / "xet")} | SAFE_PATH
     return {**kept, **PLAIN, **private, **settings}
 
 
@@ -249,7 +252,9 @@ def _version(program: str, engine: str) -> str:
         python = Path(program).resolve().parent / "python3"  # of a link that pipx or uv made
     try:
         command = [python, "-c", version_script(engine)]
-        return subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout.strip()
+        environment = os.environ | SAFE_PATH
+        done = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60, env=environment)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return UNKNOWN
 

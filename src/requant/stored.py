@@ -8,29 +8,36 @@ came back is the one that was stored. Times and Snakemake's records come along: 
 import base64
 import io
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 from pydantic import Field
 
 from requant import gate
 from requant.bucket import Folder, names_below, patiently, pieces, put, sizes
-from requant.errors import RequantError
-from requant.packing import link_or_copy
+from requant.buildlock import alone
+from requant.errors import RequantError, brief
+from requant.inside import copy, folder_of, move
+from requant.inside import put as put_inside
 from requant.records import Record
 from requant.unchanged import hash_of
 from requant.untrusted import json_object
-from requant.whole import written_whole
 
 COMPUTES = False  # where results are kept, not what is in them
 MANIFEST = "build.json"
 OBJECTS = "objects"
 KEPT = ("results", "logs", "locks", "model_card.md", ".snakemake/metadata")
+# Where a build has links: to files that it fetched into its own directory, or found elsewhere.
+LINKS_INSIDE, LINKS_OUT = re.compile("results/source/.+"), re.compile("results/source/[^/]+/checkpoint/[^/]+")
 PARTIAL = ".snakemake/restore"
 
 Say = Callable[[str], None]
+Time = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 class StoredFile(Record):
@@ -38,7 +45,7 @@ class StoredFile(Record):
 
     size: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    mtime_ns: int
+    mtime_ns: Time
     same_as: str | None = None
 
 
@@ -47,7 +54,7 @@ class StoredLink(Record):
 
     target: str
     inside: bool
-    mtime_ns: int
+    mtime_ns: Time
 
 
 class StoredBuild(Record):
@@ -66,7 +73,9 @@ def store(directory: Path, url: str, without: Sequence[str], say: Say) -> Stored
     paths = [path for path in _kept(directory) if not any(fnmatch(path, pattern) for pattern in without)]
     if not paths:
         raise RequantError(f"{directory}: nothing to store; expected a directory of a build, with results/")
-    found = _described(directory, paths)
+    found, strange = _described(directory, paths)
+    for path in strange:
+        say(f"warning: {path}: a link that no build makes: it is left out, and so is what it leads to")
     there = names_below(folder, OBJECTS)
     contents = {entry.sha256: (path, entry.size) for path, entry in found.files.items()}
     missing = {digest: at for digest, at in contents.items() if digest not in there}
@@ -82,24 +91,29 @@ def store(directory: Path, url: str, without: Sequence[str], say: Say) -> Stored
 def restore(directory: Path, url: str, say: Say) -> StoredBuild:
     """Brings what is stored at `url` into `directory`; what is there already has to be the same.
 
-    Raises RequantError before anything is written if a file of another content is in the way.
+    Nothing is written outside of it, whatever the manifest says and whatever links are there. Raises RequantError
+    before anything is written if a file of another content is in the way, if the manifest is none of `store`'s, and if
+    a build lives here.
     """
     folder = Folder.of(url)
     found = _manifest(folder)
-    here = {path for path, entry in found.files.items() if _is_here(directory / path, entry)}
-    absent = {path: entry for path, entry in found.files.items() if path not in here}
-    contents = {entry.sha256: entry.size for entry in absent.values()}
-    say(f"{len(found.files)} files, {len(absent)} of them not here; to be fetched: {sum(contents.values())} bytes")
-    for path, entry in found.files.items():
-        if path in absent:
-            if entry.same_as is not None:
-                link_or_copy(directory / entry.same_as, directory / path)
-            else:
-                _fetch(directory, folder, path, entry)
-        os.utime(directory / path, ns=(entry.mtime_ns, entry.mtime_ns))
-    shutil.rmtree(directory / PARTIAL, ignore_errors=True)
-    for path, link in found.links.items():
-        _link(directory, path, link, say)
+    with alone(directory):
+        here = {path for path, entry in found.files.items() if _is_here(directory, path, entry)}
+        absent = {path: entry for path, entry in found.files.items() if path not in here}
+        for path in found.links:
+            _check_link(directory, path)
+        contents = {entry.sha256: entry.size for entry in absent.values()}
+        say(f"{len(found.files)} files, {len(absent)} of them not here; to be fetched: {sum(contents.values())} bytes")
+        for path, entry in sorted(found.files.items(), key=lambda each: each[1].same_as is not None):
+            if path in absent:
+                if entry.same_as is not None:
+                    _link_or_copy(directory, entry.same_as, path)
+                else:
+                    _fetch(directory, folder, path, entry)
+            _date(directory, path, entry.mtime_ns)
+        shutil.rmtree(directory / PARTIAL, ignore_errors=True)
+        for path, link in found.links.items():
+            _link(directory, path, link, say)
     return found
 
 
@@ -128,7 +142,8 @@ def _under_way(marks: Path) -> set[str]:
     return {base64.urlsafe_b64decode(text).decode() for text in encoded}
 
 
-def _described(directory: Path, paths: Iterable[str]) -> StoredBuild:
+def _described(directory: Path, paths: Iterable[str]) -> tuple[StoredBuild, list[str]]:
+    """What is stored of the `paths`, and links that no build makes."""
     files, links, first = {}, {}, {}
     for name in paths:
         path = directory / name
@@ -146,7 +161,8 @@ def _described(directory: Path, paths: Iterable[str]) -> StoredBuild:
         twin = first.setdefault(found.st_ino, name) if found.st_nlink > 1 else name
         same_as = twin if twin != name else None
         files[name] = StoredFile(size=found.st_size, sha256=digest, mtime_ns=found.st_mtime_ns, same_as=same_as)
-    return StoredBuild(files=files, links=links)
+    strange = [name for name, link in links.items() if _wrong_link(name, link, links) is not None]
+    return StoredBuild(files=files, links={name: links[name] for name in links.keys() - strange}), sorted(strange)
 
 
 def _send(path: Path, folder: Folder, name: str, entry: StoredFile) -> None:
@@ -170,29 +186,77 @@ def _manifest(folder: Folder) -> StoredBuild:
         found = StoredBuild.model_validate(json_object(text, where))
     except (RequantError, ValueError):
         raise RequantError(f"{where}: expected what `requant store` wrote") from None
+    if (wrong := _wrong(found)) is not None:
+        raise RequantError(f"{where}: {wrong}")
+    return found
+
+
+def _wrong(found: StoredBuild) -> str | None:
+    """What of a manifest no `store` has written, and what was expected; None if nothing is."""
+    named = {*found.files, *found.links}
+    for path in named:
+        if not _is_path(path):
+            return f"{brief(path)}; expected a path in {', '.join(KEPT)}"
+        if above := [str(top) for top in PurePosixPath(path).parents if str(top) in named]:
+            return f"{brief(path)}: below {brief(above[0])}, a file or a link; expected a folder"
     for path, entry in found.files.items():
         first = found.files.get(entry.same_as) if entry.same_as else entry
-        if first is None or first.sha256 != entry.sha256:
-            raise RequantError(f"{where}: {path}: same_as {entry.same_as!r}; expected a file of the same sha256")
-    for path in [*found.files, *found.links, *(link.target for link in found.links.values() if link.inside)]:
-        parts = PurePosixPath(path).parts
-        if PurePosixPath(path).is_absolute() or ".." in parts or not any(_is_below(path, kept) for kept in KEPT):
-            raise RequantError(f"{where}: {path!r}; expected a path in {', '.join(KEPT)}")
-    return found
+        if first is None or first.sha256 != entry.sha256 or (entry.same_as and first.same_as):
+            return f"{brief(path)}: same_as {brief(entry.same_as)}; expected a file of the same sha256"
+    for path, link in found.links.items():
+        if path in found.files:
+            return f"{brief(path)}: a file and a link; expected one of them"
+        if (wrong := _wrong_link(path, link, found.links)) is not None:
+            return f"{brief(path)}: {wrong}"
+    return None
+
+
+def _wrong_link(path: str, link: StoredLink, links: Collection[str]) -> str | None:
+    """Why no build has this link: nothing else that it writes may go through one, nor out of its directory."""
+    if not link.inside:
+        if not LINKS_OUT.fullmatch(path):
+            return f"a link to {brief(link.target)}; expected it in results/source/MODEL/checkpoint"
+        whole = PurePosixPath(link.target).is_absolute() and link.target.isprintable()
+        return None if whole else f"a link to {brief(link.target)}; expected an absolute path"
+    if not LINKS_INSIDE.fullmatch(path) or not _is_path(link.target):
+        return f"a link to {brief(link.target)}; expected it in results/source, to a path in {', '.join(KEPT)}"
+    through = [str(part) for part in (PurePosixPath(link.target), *PurePosixPath(link.target).parents)]
+    return f"a link through {brief(through[0])}; expected a file" if {*through} & {*links} else None
+
+
+def _is_path(path: str) -> bool:
+    """Whether `path` is one that a file of a stored build may have."""
+    parts = PurePosixPath(path).parts
+    plain = path.isprintable() and path == str(PurePosixPath(path)) and ".." not in parts
+    return plain and any(_is_below(path, kept) for kept in KEPT)
 
 
 def _is_below(path: str, top: str) -> bool:
     return PurePosixPath(path).is_relative_to(top)
 
 
-def _is_here(path: Path, entry: StoredFile) -> bool:
-    if not path.is_file() or path.is_symlink():
-        if os.path.lexists(path):
-            raise RequantError(f"{path}: no plain file; expected none, or the file that was stored")
+def _is_here(directory: Path, path: str, entry: StoredFile) -> bool:
+    try:
+        with folder_of(directory, path) as (handle, name):
+            found = os.stat(name, dir_fd=handle, follow_symlinks=False)
+    except FileNotFoundError:
         return False
-    if path.stat().st_size != entry.size or hash_of(path) != entry.sha256:
-        raise RequantError(f"{path}: another file is here; expected none, or the one that was stored")
+    if not stat.S_ISREG(found.st_mode):
+        raise RequantError(f"{directory / path}: no plain file; expected none, or the file that was stored")
+    if found.st_size != entry.size or hash_of(directory / path) != entry.sha256:
+        raise RequantError(f"{directory / path}: another file is here; expected none, or the one that was stored")
     return True
+
+
+def _check_link(directory: Path, path: str) -> None:
+    """Raises RequantError if anything but a link is where a link is to be."""
+    try:
+        with folder_of(directory, path) as (handle, name):
+            found = os.stat(name, dir_fd=handle, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISLNK(found.st_mode):
+        raise RequantError(f"{directory / path}: no link; expected none, or the link that was stored")
 
 
 def _fetch(directory: Path, folder: Folder, path: str, entry: StoredFile) -> None:
@@ -212,14 +276,34 @@ def _fetch(directory: Path, folder: Folder, path: str, entry: StoredFile) -> Non
         found = hash_of(partial)
         partial.unlink()
         raise RequantError(f"{folder.url(name)}: sha256 {found} found; {folder.url(MANIFEST)} expects its name")
-    with written_whole(directory / path) as place:
-        os.replace(partial, place)
+    put_inside(directory, path, lambda handle, temporary: move(partial, handle, temporary))
+
+
+def _link_or_copy(directory: Path, first: str, path: str) -> None:
+    """Gives the file `first` the second name `path`; copies where the file system has no hard links."""
+
+    def write(handle: int, temporary: str) -> None:
+        with folder_of(directory, first) as (folder, name):
+            try:
+                os.link(name, temporary, src_dir_fd=folder, dst_dir_fd=handle, follow_symlinks=False)
+            except OSError:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                try:
+                    copy(file, handle, temporary)
+                finally:
+                    os.close(file)
+
+    put_inside(directory, path, write)
+
+
+def _date(directory: Path, path: str, mtime_ns: int) -> None:
+    with folder_of(directory, path) as (handle, name):
+        os.utime(name, ns=(mtime_ns, mtime_ns), dir_fd=handle, follow_symlinks=False)
 
 
 def _link(directory: Path, path: str, link: StoredLink, say: Say) -> None:
-    place, target = directory / path, directory.resolve() / link.target if link.inside else Path(link.target)
-    with written_whole(place) as partial:
-        partial.symlink_to(target)
-    os.utime(place, ns=(link.mtime_ns, link.mtime_ns), follow_symlinks=False)
-    if not place.exists():
+    target = directory.resolve() / link.target if link.inside else Path(link.target)
+    put_inside(directory, path, lambda handle, temporary: os.symlink(target, temporary, dir_fd=handle))
+    _date(directory, path, link.mtime_ns)
+    if not (directory / path).exists():
         say(f"warning: {path}: {target} is not there: it will be downloaded, and what was made of it made again")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from requant.config import NAME, Target, parse_target
+from requant.config import NAME, Sandbox, Target, parse_target
 from requant.errors import RequantError, brief, plain
 
 COMPUTES = False  # it reads settings, which reach a job as params
@@ -91,11 +92,32 @@ def target_named(name: str, configfile: Path | None, folder: Path) -> Target:
 
     Raises RequantError with the names there are if there is no such target, or with what is wrong in it.
     """
+    return own_targets(configfile, folder, name)[name]
+
+
+def own_targets(configfile: Path | None, folder: Path, wanted: str | None = None) -> dict[str, Target]:
+    """The targets of `configfile`, if one is given, and of the files of `folder`, by name; those that are `wanted`
+    alone, if one is named.
+
+    Raises RequantError with the names there are if there is no such target, or with what is wrong in one.
+    """
     data = {} if configfile is None else _mapping(configfile)
     known = with_targets(data, folder)["targets"]
-    if not isinstance(known, dict) or name not in known:
+    if not isinstance(known, dict) or (wanted is not None and wanted not in known):
         names = ", ".join(sorted(map(str, known))) if isinstance(known, dict) else "none"
-        raise RequantError(f"--target {plain(name, 80)}: no such target; expected one of {names}")
-    entry = known[name]
-    where = f"{configfile or folder}: targets.{name}"
-    return parse_target({} if entry is None else entry, where)
+        raise RequantError(f"--target {plain(wanted, 80)}: no such target; expected one of {names}")
+    chosen = known if wanted is None else {wanted: known[wanted]}
+    where = f"{configfile or folder}: targets"
+    return {
+        str(name): parse_target({} if entry is None else entry, f"{where}.{name}") for name, entry in chosen.items()
+    }
+
+
+def own_sandbox(configfile: Path | None) -> Sandbox:
+    """The `sandbox` of a config, its defaults without one. RequantError naming what is wrong in it."""
+    data = {} if configfile is None else _mapping(configfile).get("sandbox") or {}
+    try:
+        return Sandbox.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RequantError(f"{configfile}: sandbox.{'.'.join(map(str, first['loc']))}: {plain(first['msg'])}") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
 from requant.config import Target
+from requant.docker_host import SOCKET, docker_host
 from requant.dtypes import main_dtype, released_dtype
 from requant.errors import RequantError
 from requant.linears import choose
@@ -37,7 +38,7 @@ FIRST_VERSIONS = {
 # (engine, GPU, KV cache, family) whose answers are garbled.
 GARBLED = ("sglang", "sm120", "fp8_e4m3", "deepseek_v32")
 TAG_VERSION = re.compile(r":v?(\d+)\.(\d+)(?:\.(\d+))?")
-DOCKER_SOCKET = "/var/run/docker.sock"  # where the Docker SDK looks unless DOCKER_HOST says otherwise
+DOCKER_SOCKET = SOCKET.removeprefix("unix://")
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # that share heads and experts out evenly
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver; the same under WSL
 
@@ -102,10 +103,12 @@ def check_family(release: str, model_type: str, name: str, target: Target) -> No
 def check_here(release: str, name: str, target: Target) -> None:
     """Raises RequantError if this machine can't start the engine of `target`, as far as a look at its files can tell.
 
-    A Docker engine that is not at its usual socket is named by DOCKER_HOST. transformers is of this environment.
+    A Docker engine that is not at its usual socket is named by DOCKER_HOST, and has to be of this machine. transformers
+    is of this environment.
     """
     missing = []
     if target.image is not None:
+        docker_host()
         if not os.environ.get("DOCKER_HOST") and not os.path.exists(DOCKER_SOCKET):
             missing.append(f"a Docker engine ({DOCKER_SOCKET}, or DOCKER_HOST)")
     elif target.engine != "transformers" and not _is_installed(target.engine):

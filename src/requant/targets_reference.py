@@ -1,11 +1,14 @@
 """docs/targets.md and docs/targets/*.md, written from config/targets/: `python -m requant.targets_reference docs`."""
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from requant.config import Target
 from requant.container import container_request
+from requant.engine_arguments import FAMILIES, FAMILIES_OF, FLAGS, NO_SWITCHES, VARIABLES, VARIABLES_OF
 from requant.engine_command import docker_command, engine_command, is_pinned, shell
 from requant.reproduce import checkout
 from requant.schemes import SCHEMES
@@ -57,6 +60,28 @@ The first serves on the loopback until Ctrl-C. The second starts nothing: it sho
 the same as a `docker run`, with `--json` for programs. Both check format, family and size of the checkpoint first.
 `deploy.md` says what a container is given and how it ends.
 
+## Arguments and variables
+
+An engine is told what follows from the other keys of its target, then `arguments`, and gets the variables of
+`environment`. Both are of these lists alone: what names code, a file, a folder, an address or another model is not
+there, nor what makes another model of the checkpoint that was checked. Anything else ends planning in one line. Flags
+are written out whole, with `=` or the value after them.
+
+{flags}
+
+Variables are switches and numbers (`1`, `0.5`, `true`, `False`) of these families, but for those that a part of their
+name gives away ({closed}):
+
+{families}
+
+and these: {variables}; of vLLM: {of_vllm}; of sglang: {of_sglang}. `PATH` says where a program without an `image` is
+looked for.
+
+A program gets besides, of the variables of whoever starts it, where programs and libraries are (`PATH`,
+`LD_LIBRARY_PATH`, `PYTHONPATH`, `VIRTUAL_ENV`), where it may write (`HOME`, `TMPDIR`, caches), the locale, and what is
+set for this machine's GPUs and threads (`CUDA_*`, `NVIDIA_*`, `NCCL_*`, `OMP_*` and their like). No other: no
+credential, no proxy, no `LD_PRELOAD`. A container gets none of them.
+
 ## Images
 
 {pinning}
@@ -86,7 +111,28 @@ def index(targets: dict[str, Target]) -> str:
     table = "\n".join(["| target | what it is | serves |", "|---|---|---|", *rows])
     images = sorted({target.image for target in targets.values() if target.image and not is_pinned(target.image)})
     pinning = "\n".join(f"- `{image}`" for image in images)
-    return INDEX.format(table=table, pinning=pinning)
+    return INDEX.format(
+        table=table,
+        pinning=pinning,
+        flags="\n\n".join(f"**{engine}**\n\n{_flags(engine)}" for engine in FLAGS),
+        closed=", ".join(f"`{part}`" for part in re.findall(r"[A-Z]+(?:_[A-Z]+)*", NO_SWITCHES.pattern)),
+        families=", ".join(f"`{family}_*`" for family in FAMILIES)
+        + "".join(f"; of {engine}: {_names(f'{one}_*' for one in own)}" for engine, own in FAMILIES_OF.items() if own),
+        variables=_names([*VARIABLES, "LC_*"]),
+        of_vllm=_names(VARIABLES_OF["vllm"]),
+        of_sglang=_names(VARIABLES_OF["sglang"]),
+    )
+
+
+def _flags(engine: str) -> str:
+    """A table of the engine's flags by what they take."""
+    takes = list(dict.fromkeys(value.says for value in FLAGS[engine].values()))
+    rows = [f"| {says} | {_names(f for f, value in FLAGS[engine].items() if value.says == says)} |" for says in takes]
+    return "\n".join(["| takes | flags |", "|---|---|", *rows])
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def served_schemes(target: Target) -> str:

@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
+import socket
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from requant.errors import RequantError
@@ -30,15 +33,16 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries writte
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it takes the name `path` when the block ends, and is gone if that fails.
 
-    What a killed writer of the same file left behind is removed first. The bytes are on the disk before the name is:
-    no power cut leaves a file of that name without them. Raises RequantError naming the file if the disk refuses it.
+    What a killed writer of the same file left behind is removed first (`remove_leftovers`). The bytes are on the disk
+    before the name is: no power cut leaves a file of that name without them. Raises RequantError naming the file if the
+    disk refuses it.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in path.parent.glob(f".{path.name}.*.partial"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(path.parent, path.name)
+        partial.unlink(missing_ok=True)  # of an earlier process with the number of this one
         yield partial
         _to_disk(partial)
         os.replace(partial, path)
@@ -49,6 +53,42 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """The name of the file `name` while this process writes it."""
+    return f".{name}.{_place()}.{os.getpid()}.partial"
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left of the file `name` in `folder`, of any file if none is named.
+
+    Only of processes that have ended, and were of this machine: of others nobody here can tell.
+    """
+    of_this_machine = re.compile(rf"\.(?P<file>.+)\.{_place()}\.(?P<process>\d+)\.partial", re.DOTALL)
+    for entry in os.listdir(folder):
+        found = of_this_machine.fullmatch(entry)
+        if found and name in (None, found["file"]) and not _runs(int(found["process"])):
+            (folder / entry).unlink(missing_ok=True)
+
+
+@cache
+def _place() -> str:
+    """Where the numbers of processes mean the same: this machine, or the container that this process is in."""
+    numbers = ""
+    with contextlib.suppress(OSError):
+        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
+    return hashlib.sha256(f"{socket.gethostname()} {numbers}".encode()).hexdigest()[:8]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def not_written(what: str | Path, code: int) -> str:

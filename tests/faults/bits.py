@@ -1,5 +1,6 @@
 """A flipped bit, or a file cut short, in each kind of artifact and input, its time unchanged, and who finds it."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -146,10 +147,11 @@ def _read(build: Build, victim: Victim, path: Path) -> object:
         return read_json(path, victim.record)
     if path.suffix == ".csv":
         return read_table(path).to_csv()
-    if path.parent.name == SOURCE:
-        check_inputs([str(path), str(build.directory / f"{CHECKS}/files/{path.name}.json")])
-    elif path.parent.name == "model":
-        check_inputs([str(build.directory / f"{OWN}/pack.json")])
+    with contextlib.chdir(build.directory):
+        if path.parent.name == SOURCE:
+            check_inputs([str(path), f"{CHECKS}/files/{path.name}.json"], str(path.parent))
+        elif path.parent.name == "model":
+            check_inputs([f"{OWN}/pack.json"])
     if path.suffix != ".safetensors":
         return None
     return {name: safetensors_io.digest(tensor) for name, tensor in safetensors_io.load(path).items()}

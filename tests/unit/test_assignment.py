@@ -101,3 +101,61 @@ def test_a_job_on_the_cpu_or_on_a_gpu_that_the_config_names_takes_none(monkeypat
     monkeypatch.setattr(assignment, "visible", lambda: pytest.fail("looked for GPUs"))
     assignment.take(0)
     assert assignment.taken() == []
+
+
+def _link(folder, other):
+    other.mkdir(mode=0o700)
+    folder.symlink_to(other)
+
+
+def _dangling(folder, other):
+    folder.symlink_to(other)
+
+
+def _open_to_all(folder, _):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def _anothers(folder, _):
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (_link, "no folder that can be read"),
+        (_dangling, "no folder that can be read"),
+        (lambda folder, _: folder.touch(mode=0o700), "no folder that can be read"),
+        (_open_to_all, f"of user {os.getuid()}, mode 777"),
+        (_anothers, "of user 65534, mode 700"),
+    ],
+    ids=["a link", "a dangling link", "a file", "open to all", "another user's"],
+)
+def test_a_lock_folder_that_another_user_may_have_made_is_refused(made, said, tmp_path, monkeypatch):
+    """Anyone can make a file of that name before the first job does; nothing is written through it."""
+    if made is _anothers and os.getuid() != 0:
+        pytest.skip("only root can make a folder of another user's")
+    monkeypatch.setattr(assignment.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(assignment, "_held", {})
+    folder = tmp_path / f"requant-gpus-{os.getuid()}"
+    made(folder, tmp_path / "other")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RequantError) as error:
+        assignment.take(1)
+    assert str(error.value).startswith(f"{folder}: {said}; expected a folder of yours") and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_in_the_lock_folder_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(assignment.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(assignment, "_held", {})
+    folder = tmp_path / f"requant-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "0.0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        assignment.take(1)
+    assert not (tmp_path / "elsewhere").exists()

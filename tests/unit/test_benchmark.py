@@ -220,3 +220,39 @@ def test_scoring_leaves_no_cache_and_no_setting_behind(folder, source, settings,
     benchmark.run_benchmark("tiny", Checkpoint(source), "small", settings, folder / "tasks", 1, folder / "again.json")
     assert dict(os.environ) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ question.__class__ }}",
+        "{{ ('{0.__class__}').format(question) }}",
+    ],
+)
+def test_a_template_of_a_task_reaches_values_alone(tmp_path, template):
+    from jinja2.exceptions import SecurityError
+    from lm_eval import utils
+
+    (tmp_path / "x.yaml").write_text("task: x\ndataset_path: json\n")
+    benchmark.task_manager(["x"], tmp_path)
+    doc = {"question": " a b ", "choices": ["c", "d"]}
+    with pytest.raises(SecurityError):
+        utils.apply_template(template, doc)
+    usual = "{{question.strip()|regex_replace('a', 'x')}}: {% for each in choices %}{{each.upper()}}{% endfor %}\n"
+    assert utils.apply_template(usual, doc) == "x b: CD\n"
+
+
+def test_rows_are_read_whatever_their_place_is_called(tmp_path, monkeypatch):
+    """Names are no patterns, neither of files nor of the directory that they are in."""
+    place = tmp_path / "w [b] * {x} ?"
+    (place / "tasks").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    for name in ("rows.jsonl", "r [1]*.jsonl"):
+        (place / name).write_text(json.dumps({"text": name, "answer": "b"}) + "\n")
+        (place / "tasks/tiny.yaml").write_text(QUESTIONS.replace("DATA", json.dumps(name)))
+        with benchmark.offline():
+            manager = benchmark.task_manager(["tiny_questions"], Path("tasks"))
+            (task,) = benchmark._load(manager, ["tiny_questions"])
+        assert [row["text"] for row in task.test_docs()] == [name]

@@ -3,8 +3,10 @@
 Waits between attempts are left out.
 """
 
+import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import tiny
 from bucket_server import BUCKET, KEY, SECRET, BucketServer, Fault, serving
 
-from requant import bucket, main
+from requant import bucket, buildlock, inside, main, stored
 from requant.bucket import BucketModel
 from requant.bucketlock import make_bucket_lock
 from requant.download import bytes_to_come, obtain
@@ -275,3 +277,162 @@ def test_what_is_in_the_way_or_was_changed_in_the_bucket_is_named(server, build,
         assert line(restore, Path(), url, quiet).startswith(f"{url}/{MANIFEST}: {what}")
     assert "not there; expected what" in line(restore, Path(), f"s3://{BUCKET}/none", quiet)
     assert main.main(["restore", "bucket/x"]) == 2
+
+
+# What a stranger's manifest asks for
+
+
+def text_of(data: bytes, **keys) -> dict:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "mtime_ns": 0} | keys
+
+
+def leads(target: str, inside: bool = False) -> dict:
+    return {"target": target, "inside": inside, "mtime_ns": 0}
+
+
+EVIL = text_of(b"evil")
+CHECKPOINT = "results/source/m/checkpoint"
+
+
+@pytest.fixture
+def offered(server, tmp_path, monkeypatch):
+    """Puts a manifest of these files and links into the bucket, with an object; this directory is empty.
+
+    `OUT` in a target stands for a folder outside, which has a file `kept`.
+    """
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def put(files: dict, links: dict) -> str:
+        s3 = boto3.client("s3")
+        s3.put_object(Bucket=BUCKET, Key=f"e/objects/{EVIL['sha256']}", Body=b"evil")
+        text = json.dumps({"files": files, "links": links}).replace("OUT", str(outside))
+        s3.put_object(Bucket=BUCKET, Key=f"e/{MANIFEST}", Body=text.encode())
+        return f"s3://{BUCKET}/e"
+
+    yield put
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"kept": "kept"}, "nothing is written there"
+
+
+LEADING_OUT = [
+    ({"results/a/kept": EVIL}, {"results/a": leads("OUT")}, "'results/a/kept': below 'results/a', a file or a"),
+    ({}, {"results/a": leads("OUT")}, "'results/a': a link to 'OUT'; expected it in results/source/MODEL/checkp"),
+    ({}, {"results": leads("OUT")}, "'results': a link to 'OUT'; expected it in results/source/MODEL/checkpoint"),
+    ({}, {"logs/x.log": leads("OUT/kept")}, "'logs/x.log': a link to 'OUT/kept'; expected it in"),
+    ({}, {f"{CHECKPOINT}/a/b": leads("OUT/kept")}, f"'{CHECKPOINT}/a/b': a link to 'OUT/kept'; expected it in"),
+    ({}, {f"{CHECKPOINT}/a": leads("../../../../outside/kept")}, "expected an absolute path"),
+    ({}, {"results/source/m/a": leads("results/../../outside", True)}, "expected it in results/source, to a path"),
+    ({}, {"results/source/m/a": leads("/etc", True)}, "expected it in results/source, to a path in"),
+    ({}, {"logs/a": leads("results/r", True)}, "'logs/a': a link to 'results/r'; expected it in results/source"),
+    (
+        {},
+        {f"{CHECKPOINT}/a": leads("OUT"), "results/source/m/b": leads(f"{CHECKPOINT}/a/kept", True)},
+        "a link through",
+    ),
+    (
+        {f"{CHECKPOINT}/a": EVIL},
+        {f"{CHECKPOINT}/a": leads("OUT/kept")},
+        f"'{CHECKPOINT}/a': a file and a link; expected one",
+    ),
+    ({"results/a": EVIL, "results/a/b": EVIL}, {}, "'results/a/b': below 'results/a', a file or a link"),
+    ({"results/../../outside/kept": EVIL}, {}, "expected a path in results"),
+    ({"results//a": EVIL}, {}, "'results//a'; expected a path in results"),
+    ({"results/./a": EVIL}, {}, "'results/./a'; expected a path in results"),
+    ({"results/a\u0000b": EVIL}, {}, "expected a path in results"),
+    ({"/etc/x": EVIL}, {}, "'/etc/x'; expected a path in results"),
+    ({".snakemake/scripts/x.py": EVIL}, {}, "expected a path in results"),
+    ({"results/a": EVIL | {"same_as": "/etc/passwd"}}, {}, "same_as '/etc/passwd'; expected a file of the same"),
+    ({"results/a": EVIL | {"same_as": "results/a"}}, {}, "same_as 'results/a'; expected a file of the same"),
+]
+
+
+def test_a_manifest_that_leads_out_is_refused_before_anything_is_written(offered, tmp_path):
+    for files, links, said in LEADING_OUT:
+        found = line(restore, Path(), offered(files, links), quiet)
+        assert found.startswith(f"s3://{BUCKET}/e/{MANIFEST}: ")
+        assert said.replace("OUT", str(tmp_path / "outside")) in found, (files, links)
+        assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("made", ["results/a", "results/a/deep", ".snakemake/metadata", "results/source/m"])
+def test_a_link_that_is_here_already_is_not_gone_through(offered, tmp_path, made):
+    """As an earlier manifest, or somebody else with access, may have left it."""
+    Path(made).parent.mkdir(parents=True)
+    Path(made).symlink_to(tmp_path / "outside")
+    name = f"{made}/kept"
+    links = {f"{made}/checkpoint/kept": leads("OUT/kept")} if "source" in made else {}
+    said = line(restore, Path(), offered({} if links else {name: EVIL}, links), quiet)
+    assert said == f"{made}: a link or a file; expected a folder, or nothing"
+
+
+def test_a_link_that_comes_while_files_are_written_is_not_gone_through(offered, tmp_path, monkeypatch):
+    """(A stand-in for somebody quick: the folder is exchanged when the file has been fetched.)"""
+    whole = stored.move
+
+    def exchanged(source, handle, name):
+        Path("results/a").rename("results/b")
+        Path("results/a").symlink_to(tmp_path / "outside")
+        whole(source, handle, name)
+
+    monkeypatch.setattr(stored, "move", exchanged)
+    assert line(restore, Path(), offered({"results/a/kept": EVIL}, {}), quiet).startswith("results/a: a link or a file")
+    assert Path("results/b/kept").read_bytes() == b"evil", "where the folder went"
+
+
+def test_folders_of_any_name_come_back(offered):
+    paths = [f"results/{folder}/files/x{{y}}.json" for folder in ("files", "results", "source", ".a", "[a]*", "{x}")]
+    restore(Path(), offered(dict.fromkeys(paths, EVIL) | {"results/b": EVIL | {"same_as": paths[0]}}, {}), quiet)
+    assert [Path(path).read_bytes() for path in paths] == [b"evil"] * 6 and Path("results/b").samefile(paths[0])
+
+
+def test_a_second_name_may_come_before_the_first(offered):
+    restore(Path(), offered({"results/a": EVIL | {"same_as": "results/z"}, "results/z": EVIL}, {}), quiet)
+    assert Path("results/a").samefile("results/z")
+
+
+def test_results_on_another_disk_are_restored_there(offered, tmp_path, monkeypatch):
+    """The user's own link; the file system of the one refuses a rename from the other, as disks do."""
+    (tmp_path / "disk").mkdir()
+    Path("results").symlink_to(tmp_path / "disk")
+    replace = os.replace
+
+    def refused(source, target, **handles):
+        if "src_dir_fd" not in handles:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, target, **handles)
+
+    monkeypatch.setattr(inside.os, "replace", refused)
+    restore(Path(), offered({"results/a/b": EVIL}, {}), quiet)
+    assert (tmp_path / "disk/a/b").read_bytes() == b"evil"
+    assert [path.name for path in (tmp_path / "disk/a").iterdir()] == ["b"]
+
+
+def test_a_file_in_the_place_of_a_link_stays(offered):
+    place = Path(f"{CHECKPOINT}/a")
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    said = line(restore, Path(), offered({"results/a": EVIL}, {str(place): leads("OUT/kept")}), quiet)
+    assert said == f"{place}: no link; expected none, or the link that was stored" and place.read_text() == "mine"
+    assert not Path("results/a").exists()
+
+
+def test_a_link_that_no_build_makes_is_not_stored(server, build, tmp_path):
+    (tmp_path / "big").mkdir()
+    (build / "results/reference").symlink_to(tmp_path / "big")
+    (build / "results/source/m/checkpoint").mkdir()
+    (build / "results/source/m/checkpoint/x").symlink_to(tmp_path / "big/x")
+    told = []
+    found = store(Path(), f"s3://{BUCKET}/b", [], told.append)
+    assert found.links.keys() == {"results/source/m/link", "results/source/m/checkpoint/x"}
+    warnings = [line for line in told if line.startswith("warning")]
+    assert len(warnings) == 1 and "results/reference: a link that no build makes" in warnings[0]
+
+
+def test_nothing_is_restored_beside_a_living_build(offered, monkeypatch):
+    monkeypatch.setattr(buildlock, "PATIENCE", 0.1)
+    with buildlock.alone(Path()):
+        said = line(restore, Path(), offered({"results/a": EVIL}, {}), quiet)
+    assert said.startswith("another build is running here") and not Path("results").exists()

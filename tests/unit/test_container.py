@@ -27,12 +27,15 @@ from docker_engine import busybox_archive, host_environment, host_mounts
 from openai import OpenAI
 
 from requant import container, serving
-from requant.config import Target
+from requant.config import Sandbox, Target
 from requant.container import container_request
+from requant.docker_host import docker_host
 from requant.engines import serve_at
 from requant.errors import RequantError
-from requant.served_copy import mirror
+from requant.sandbox import Backend, Limits, run_untrusted, which_sandbox
+from requant.served_copy import linked_files, mirror
 from requant.serving import Server
+from requant.targets import check_here
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 PROMPTS = ("sort: 4 1 3 2 ->", "The oldest")
@@ -272,6 +275,76 @@ def test_files_that_are_links_are_mounted_where_the_links_lead(tmp_path):
     assert all(mount["ReadOnly"] for mount in mounts)
 
 
+def plant(folder: Path, name: str, target: str | Path) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(target)
+
+
+def test_what_links_lead_to_elsewhere_is_shown_to_no_container(tmp_path):
+    """Whoever made the checkpoint may have made any link, one that looks like the hub's too."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (tmp_path / "away/blobs").mkdir(parents=True)
+    (tmp_path / "away/blobs/7d").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs/leak").symlink_to(secret)
+    (repository / "blobs/7d").write_text("{}")
+    (repository / "usr").symlink_to("blobs")
+    planted = [
+        ("plain", "config.json", secret),
+        ("plain", "config.json", "../secret"),
+        ("plain", "deep/er/config.json", "../../../secret"),
+        ("plain", "all", tmp_path),
+        ("plain", "config.json", "../away/blobs/7d"),
+        ("plain", "gone.json", tmp_path / "gone"),
+        ("plain", "null.safetensors", "/dev/null"),
+        ("plain", "loop.json", "../loop"),
+        ("models--a--b/snapshots/0f", "config.json", "../../blobs/leak"),
+        ("models--a--b/snapshots/0f", "config.json", "../../../away/blobs/7d"),
+        ("models--a--b/snapshots/0f", "python3", "../../usr/7d"),
+        ("models--a--b/snapshots/0f", "blobs", "../../blobs"),
+        ("models--a--b/no-snapshots/0f", "config.json", "../../blobs/7d"),
+    ]
+    for number, (folder, name, target) in enumerate(planted):
+        place = tmp_path / folder.replace("plain", f"plain{number}").replace("0f", f"0f{number}")
+        plant(place, "same.json", "inner.json")
+        (place / "inner.json").write_text("{}")
+        plant(place, name, target)
+        with pytest.raises(RequantError) as error:
+            container_request(Target(image="example/cpu:1"), place, "mine", 8000)
+        assert str(error.value).startswith(f"{place / name}: a link to "), (folder, name, target)
+        (place / name).unlink()
+        (mount,) = container_request(Target(image="example/cpu:1"), place, "mine", 8000)["mounts"]
+        assert mount["Source"] == str(place), "a link within the folder is the container's too"
+
+
+def test_a_chain_of_links_within_the_folder_that_ends_elsewhere_is_refused(tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    plant(tmp_path / "model", "a.json", "b.json")
+    plant(tmp_path / "model", "b.json", "../secret")
+    with pytest.raises(RequantError, match=r"/b\.json: a link to '\.\./secret'; expected a file in this folder"):
+        container_request(Target(image="example/cpu:1"), tmp_path / "model", "mine", 8000)
+
+
+def test_links_that_requant_made_lead_to_what_it_names(tmp_path):
+    (tmp_path / "packed").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "packed" / name).write_text("{}")
+    mirror(tmp_path / "packed", ["config.json", "model.safetensors"], tmp_path / "served")
+    shard, target = tmp_path / "packed/model.safetensors", Target(image="example/cpu:1")
+    linked = linked_files(tmp_path / "served")
+    assert linked == [shard]
+    mounts = container_request(target, tmp_path / "served", "mine", 8000, linked=linked)["mounts"]
+    assert {mount["Target"]: mount["Source"] for mount in mounts} == {
+        "/model": str(tmp_path / "served"),
+        str(shard): str(shard),
+    }
+    with pytest.raises(RequantError, match=r"model\.safetensors: a link to "):
+        container_request(target, tmp_path / "served", "mine", 8000)
+
+
 def ask(server: Server, prompt: str) -> str:
     """The greedy answer of 12 tokens."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
@@ -288,7 +361,8 @@ def test_the_demo_answers_from_a_container_as_from_a_program(tmp_path, docker_ho
     )
     with serve_at(Target(), model, tmp_path / "program.log") as server:
         expected = [ask(server, prompt) for prompt in PROMPTS]
-    with serve_at(target, model, tmp_path / "container.log", name="tiny") as server:
+    linked = linked_files(model)
+    with serve_at(target, model, tmp_path / "container.log", name="tiny", linked=linked) as server:
         assert [ask(server, prompt) for prompt in PROMPTS] == expected
         assert all(expected)
 
@@ -430,10 +504,42 @@ def test_no_permission_to_ask_docker_is_one_line(tmp_path, checkpoint, monkeypat
     assert message.startswith("unix:///var/run/docker.sock: no permission to ask Docker; expected a user of the group")
 
 
-def test_a_docker_engine_elsewhere_is_one_line(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setenv("DOCKER_HOST", "ssh://me@build.example")
-    message = refusal_of(Target(image="example/cpu:1"), checkpoint, tmp_path / "log")
-    assert message.startswith("DOCKER_HOST: 'ssh://me@build.example': a Docker engine of another machine")
+ELSEWHERE = [
+    "ssh://me@build.example",
+    "tcp://192.0.2.7:2375",
+    "tcp://localhost.example:2375",
+    "tcp://localhost:2375@build.example",
+    "tcp://127.0.0.1@build.example",
+    "tcp://[::1]@build.example",
+    "http://build.example",
+    "build.example:2375",
+    "fd://3",
+    "tcp://[",
+]
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_a_docker_engine_elsewhere_is_one_line_for_whoever_asks_docker(host, tmp_path, checkpoint, monkeypatch):
+    """Whoever serves, plans to serve, or runs what a model wrote."""
+    monkeypatch.setenv("DOCKER_HOST", host)
+    said = f"DOCKER_HOST: {host!r}: a Docker engine of another machine"
+    target = Target(image="example/cpu:1")
+    assert refusal_of(target, checkpoint, tmp_path / "log").startswith(said)
+    for asked in (
+        lambda: check_here("r", "t", target),
+        lambda: which_sandbox(Sandbox(backend="docker")),
+        lambda: which_sandbox(Sandbox(backend="docker", image="python:3.11-slim")),
+        lambda: run_untrusted("", Limits(), Backend("docker", "1", None, "python:3.11-slim")),
+    ):
+        with pytest.raises(RequantError) as error:
+            asked()
+        assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["unix:///run/x.sock", "tcp://127.0.0.1:2375", "tcp://localhost", "tcp://[::1]:2375"])
+def test_a_docker_engine_here_is_asked(host, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", host)
+    assert docker_host() == host
 
 
 def test_a_missing_python_package_is_one_line(tmp_path, checkpoint, monkeypatch):

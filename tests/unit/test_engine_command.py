@@ -68,14 +68,15 @@ def test_the_sm120_container_is_the_public_releases():
 
 
 def test_vllm_and_sglang_write_the_same_settings_in_their_own_way():
-    keys = {"kv_cache": "bf16", "context": 32768, "memory_fraction": 0.9, "devices": 4, "arguments": ["--last"]}
+    keys = {"kv_cache": "bf16", "context": 32768, "memory_fraction": 0.9, "devices": 4}
     common = {"device": "cuda", "gpu": "sm100"} | keys
-    vllm = engine_command(Target(engine="vllm", **common), "/model", "m", 1, quantization="compressed-tensors")
-    assert vllm[:3] == ["vllm", "serve", "/model"] and vllm[-1] == "--last"
+    eager = Target(engine="vllm", arguments=["--enforce-eager"], **common)
+    vllm = engine_command(eager, "/model", "m", 1, quantization="compressed-tensors")
+    assert vllm[:3] == ["vllm", "serve", "/model"] and vllm[-1] == "--enforce-eager"
     assert flags(vllm) == {
         "--served-model-name": "m", "--host": "127.0.0.1", "--port": "1", "--tensor-parallel-size": "4",
         "--quantization": "compressed-tensors", "--kv-cache-dtype": "bfloat16", "--max-model-len": "32768",
-        "--gpu-memory-utilization": "0.9", "--last": None,
+        "--gpu-memory-utilization": "0.9", "--enforce-eager": None,
     }  # fmt: skip
     sglang = flags(engine_command(Target(engine="sglang", **common), "/model", "m", 1))
     assert (sglang["--kv-cache-dtype"], sglang["--context-length"]) == ("bf16", "32768")
@@ -140,14 +141,14 @@ def test_a_docker_run_asks_for_what_the_request_asks(network):
         "processes": 77, "capabilities": ["IPC_LOCK"], "user": "65534:65534",
         "mounts": [{"source": "/data/cache", "target": "/cache", "read_only": False}],
     }  # fmt: skip
-    asked = Target(image="own/image:1", container=container, environment={"SAY": "two words"})
+    asked = Target(image="own/image:1", container=container, environment={"PATH": "/two words"})
     request = container_request(asked, Path("/data/it is"), "m", 8001, threads=2)
     line = shell(docker_command(request))
     words = shlex.split(line.replace("\\\n", ""))
     assert words == docker_command(request), "a shell reads what was meant"
     wanted = ["--memory 2500000000", "--memory-swap 2500000000", "--cpus 1.5", "--pids-limit 77", "--user 65534:65534"]
     wanted += ["--cap-drop ALL", "--cap-add IPC_LOCK", "--security-opt no-new-privileges", "--ulimit nofile=9"]
-    wanted += ["--env 'SAY=two words'", "--mount 'type=bind,source=/data/it is,target=/model,readonly'"]
+    wanted += ["--env 'PATH=/two words'", "--mount 'type=bind,source=/data/it is,target=/model,readonly'"]
     wanted += ["--mount type=bind,source=/data/cache,target=/cache ", f"--network {network}"]
     assert [part for part in wanted if part not in line] == []
     assert ("--publish 127.0.0.1:8001:8001" in line) == (network == "bridge")
@@ -170,7 +171,7 @@ def test_docker_makes_the_same_container_of_the_command_and_of_the_request(docke
         "user": "65534:65534",
     }
     container |= {"mounts": [{"source": str(tmp_path / "cache"), "target": "/cache", "read_only": False}]}
-    asked = Target(image=host_image, container=container, environment={"SAY": "two  words"})
+    asked = Target(image=host_image, container=container, environment={"PATH": "/two  words"})
     request = container_request(asked, tmp_path / "model", "m", 8017)
     words = ["docker", "create", *(word for word in docker_command(request)[2:] if word != "--rm")]
     found = []

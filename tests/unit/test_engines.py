@@ -56,6 +56,9 @@ def checkpoint(tmp_path) -> Path:
 
 
 def test_vllm_as_a_program_gets_the_targets_arguments_and_environment(tmp_path, checkpoint):
+    """What came with the checkpoint is not taken for modules of Python's."""
+    for module in ("ctypes", "importlib", "signal"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('trapped')")
     with serve_at(vllm(tmp_path / "bin"), checkpoint, tmp_path / "log", name="mine") as server:
         arguments, environment = json.loads((tmp_path / "started.json").read_text())
     port = server.url.removeprefix("http://127.0.0.1:")
@@ -64,6 +67,7 @@ def test_vllm_as_a_program_gets_the_targets_arguments_and_environment(tmp_path, 
         "--quantization compressed-tensors --gpu-memory-utilization 0.85 --enforce-eager"
     )
     assert environment["VLLM_LOGGING_LEVEL"] == "WARNING" and environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["PYTHONSAFEPATH"] == "1"
     assert "OMP_NUM_THREADS" not in environment or environment["OMP_NUM_THREADS"] == os.environ["OMP_NUM_THREADS"]
     assert server.model == "mine" and server.engine == "vllm serve" and server.version == "0.21.0"
     shown = ["vllm", *arguments]
@@ -72,7 +76,7 @@ def test_vllm_as_a_program_gets_the_targets_arguments_and_environment(tmp_path, 
 
 
 def test_transformers_as_a_program_gets_the_targets_arguments(tmp_path, checkpoint):
-    target = Target(arguments=["--no-such-option"], startup_seconds=60)
+    target = Target(startup_seconds=60).model_copy(update={"arguments": ["--no-such-option"]})  # past the schema
     with (
         pytest.raises(RequantError, match="status 2 before it served"),
         serve_at(target, checkpoint, tmp_path / "log"),

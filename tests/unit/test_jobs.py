@@ -1,12 +1,15 @@
-"""Around a job: one-line errors, an end with the parent, left-over locks, imported modules."""
+"""Around a job: one-line errors, an end with its build, one build at a time, imported modules."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import psutil
 import pytest
 
 from requant import buildlock
+from requant.errors import RequantError
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src")}
@@ -117,13 +121,18 @@ def _wait(condition, seconds=30):
         time.sleep(0.1)
 
 
-TAKE_LOCK = "from requant.buildlock import drop_stale_locks; print(drop_stale_locks('.'), flush=True)"
+BUILD = """
+from requant.buildlock import alone
+with alone('.') as dropped:
+    print(dropped, flush=True)
+    input()
+"""
 
 
 def living_build(directory):
-    """A process that holds the build lock of `directory`, and what it printed: the locks that it dropped."""
+    """A process that has `directory` to itself, and what it printed: the locks that it dropped."""
     process = subprocess.Popen(
-        [sys.executable, "-c", TAKE_LOCK + "; input()"],
+        [sys.executable, "-c", BUILD],
         cwd=directory,
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
@@ -138,43 +147,52 @@ def kill(process):
     process.wait()
 
 
-def test_a_dead_builds_lock_is_dropped_and_a_living_ones_kept(tmp_path):
-    locks = tmp_path / ".snakemake" / "locks"
-    locks.mkdir(parents=True)
+@pytest.fixture
+def lock(tmp_path) -> Path:
+    """A lock file of Snakemake's, as a build has one from its start to its end."""
+    path = tmp_path / ".snakemake/locks/0.input.lock"
+    path.parent.mkdir(parents=True)
+    path.write_text("a\n")
+    return path
+
+
+def test_a_dead_builds_lock_is_dropped_and_a_living_one_has_the_directory_to_itself(lock, tmp_path, monkeypatch):
+    monkeypatch.setattr(buildlock, "PATIENCE", 0.2)
     first, dropped = living_build(tmp_path)
-    assert dropped == "[]"
-    (locks / "0.input.lock").write_text("a\n")
+    assert dropped == "['0.input.lock']", "of a build that nobody knows"
+    lock.write_text("a\n")
+    with pytest.raises(RequantError) as error, buildlock.alone(tmp_path):
+        pass
+    line = f"another build is running here (process {first.pid}): wait for it or end it"
+    assert str(error.value) == line and lock.exists()
+    with pytest.raises(RequantError, match="another build"), buildlock.alone(tmp_path, True):
+        pass
+    kill(first)
+    with buildlock.alone(tmp_path) as dropped:
+        assert dropped == ["0.input.lock"] and not lock.exists()
     second, dropped = living_build(tmp_path)
-    assert dropped == "[]", "a build is alive: its lock stays"
-    kill(first)
-    assert run_python(TAKE_LOCK, cwd=tmp_path).stdout.strip() == "[]", "the second build is alive still"
-    assert (locks / "0.input.lock").exists()
+    assert dropped == "[]", "the one before has ended well"
     kill(second)
-    assert run_python(TAKE_LOCK, cwd=tmp_path).stdout.strip() == "['0.input.lock']"
-    assert not list(locks.iterdir())
 
 
-def test_a_second_build_is_told_which_process_is_in_its_way(tmp_path):
-    look = "from requant.buildlock import *; drop_stale_locks('.', builds=False); print(other_build('.'))"
-
-    def told():
-        return run_python(look, cwd=tmp_path).stdout.strip()
-
-    locks = tmp_path / ".snakemake" / "locks"
-    locks.mkdir(parents=True)
+def test_who_only_looks_is_told_of_a_build_and_drops_the_lock_of_a_dead_one(lock, tmp_path):
+    assert buildlock.drop_stale_locks(tmp_path) is None and lock.exists(), "nothing is known here, nothing is made"
+    assert not (tmp_path / ".snakemake/requant.lock").exists()
     first, _ = living_build(tmp_path)
-    assert told() == "None", "it holds none of Snakemake's locks yet"
-    (locks / "0.input.lock").write_text("a\n")
-    assert told() == f"process {first.pid}"
-    second, _ = living_build(tmp_path)
-    assert told() == f"process {first.pid}", "the second did not take the first one's place"
+    lock.write_text("a\n")
+    assert buildlock.drop_stale_locks(tmp_path) == f"process {first.pid}" and lock.exists()
     kill(first)
-    third, _ = living_build(tmp_path)
-    assert told() == f"process {third.pid}", "the first is dead"
-    kill(third)
-    assert told() == "None"
-    kill(second)
-    assert told() == "None" and not list(locks.iterdir())
+    assert buildlock.drop_stale_locks(tmp_path) is None and not lock.exists()
+
+
+def test_a_build_waits_for_one_that_only_looks(tmp_path):
+    with buildlock.alone(tmp_path):
+        pass
+    handle = os.open(tmp_path / ".snakemake/requant.lock", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    threading.Timer(0.3, os.close, [handle]).start()
+    with buildlock.alone(tmp_path) as dropped:
+        assert dropped == []
 
 
 @pytest.mark.parametrize(
@@ -189,26 +207,100 @@ def test_a_second_build_is_told_which_process_is_in_its_way(tmp_path):
     ],
 )
 def test_what_another_machines_build_left_is_dropped_where_all_machines_see_a_lock(
-    tmp_path, monkeypatch, fstype, options, dropped
+    lock, tmp_path, monkeypatch, fstype, options, dropped
 ):
     """The build that took the lock is on node1; this one, on node2, gets the lock too: as after a crash of node1, or
     because the mount keeps locks to itself. (A stand-in: this machine's mounts are told otherwise.)"""
     disk = SimpleNamespace(device="server:/x", mountpoint=str(tmp_path), fstype=fstype, opts=options)
     root = SimpleNamespace(device="/dev/x", mountpoint="/", fstype="ext4", opts="rw")
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [root, disk])
-    locks = tmp_path / ".snakemake" / "locks"
-    locks.mkdir(parents=True)
     monkeypatch.setattr(socket, "gethostname", lambda: "node1")
-    assert buildlock.drop_stale_locks(tmp_path) == []
-    os.close(buildlock._held.pop())
-    (locks / "0.input.lock").write_text("a\n")
+    with buildlock.alone(tmp_path):
+        lock.write_text("a\n")
     monkeypatch.setattr(socket, "gethostname", lambda: "node2")
-    assert buildlock.drop_stale_locks(tmp_path) == (["0.input.lock"] if dropped else [])
-    os.close(buildlock._held.pop())
-    assert buildlock.other_build(tmp_path) == (None if dropped else f"process {os.getpid()} of node1")
-    (locks / "0.input.lock").unlink(missing_ok=True)  # as --unlock does
-    assert buildlock.drop_stale_locks(tmp_path) == [] and buildlock.other_build(tmp_path) is None
-    os.close(buildlock._held.pop())
+    if dropped:
+        assert buildlock.drop_stale_locks(tmp_path) is None and not lock.exists()
+        return
+    assert buildlock.drop_stale_locks(tmp_path) == f"process {os.getpid()} of node1"
+    with pytest.raises(RequantError) as error, buildlock.alone(tmp_path):
+        pass
+    assert str(error.value).startswith(f"another build is running here (process {os.getpid()} of node1), or has been")
+    assert lock.exists()
+    with buildlock.alone(tmp_path, even_beside_other_machines=True) as removed:  # as --unlock does
+        assert removed == ["0.input.lock"]
+    with buildlock.alone(tmp_path) as removed:
+        assert removed == []
+
+
+def test_without_locks_of_the_file_system_the_process_is_asked_for(lock, tmp_path, monkeypatch):
+    """(A stand-in: this machine's files can't be locked.)"""
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    first, _ = living_build(tmp_path)
+    lock.write_text("a\n")
+    monkeypatch.setattr(buildlock.fcntl, "flock", refused)
+    with pytest.raises(RequantError, match=rf"^another build is running here \(process {first.pid}\)"):
+        buildlock.alone(tmp_path).__enter__()
+    assert buildlock.drop_stale_locks(tmp_path) is None and lock.exists()
+    kill(first)
+    with buildlock.alone(tmp_path) as dropped:
+        assert dropped == ["0.input.lock"]
+
+
+def test_a_job_whose_build_died_before_it_began_does_nothing(tmp_path):
+    """Its imports took long: by the time it looks, whoever was its parent is gone, and its new one lives on."""
+    job = "import sys; from requant.jobs import job\nwith job('x.log'):\n open('written', 'w').close()"
+    start = (
+        "import subprocess, sys, time; from requant.jobs import announce_build; announce_build()\n"
+        f"late = 'import time; time.sleep(1.5)\\n' + {job!r}\n"
+        "print(subprocess.Popen([sys.executable, '-c', late]).pid, flush=True); time.sleep(60)"
+    )
+    build = subprocess.Popen(
+        [sys.executable, "-c", start], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    started = psutil.Process(int(build.stdout.readline()))
+    kill(build)
+    _wait(lambda: not started.is_running() or started.status() == psutil.STATUS_ZOMBIE)
+    assert list(tmp_path.iterdir()) == [], "neither a log nor an output"
+
+
+def test_a_job_of_a_living_build_is_not_its_starters(tmp_path):
+    """A build that is announced counts, not the process between: that may end first."""
+    done = run_python(
+        """
+        import os, subprocess, sys
+        from requant.jobs import announce_build
+        announce_build()
+        job = "from requant.jobs import job\\nwith job('x.log'):\\n open('written', 'w').close()"
+        between = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+        subprocess.run([sys.executable, "-c", between, job])
+        import time
+        end = time.monotonic() + 20
+        while not os.path.exists("written") and time.monotonic() < end: time.sleep(0.05)
+        print(os.path.exists("written"))
+        """,
+        cwd=tmp_path,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_what_asks_for_input_in_a_job_gets_none(tmp_path):
+    """As of a terminal where nobody is: the pipe stays open, and nothing comes."""
+    asked, never_answered = os.pipe()
+    done = run_python(
+        """
+        from requant.jobs import job
+        with job("x.log"):
+            input("Do you wish to run the custom code? [y/N] ")
+        """,
+        cwd=tmp_path,
+        stdin=asked,
+    )
+    os.close(asked)
+    os.close(never_answered)
+    assert done.returncode == 1 and "error: EOFError" in done.stderr
 
 
 def test_planning_needs_no_torch():

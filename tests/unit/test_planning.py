@@ -7,7 +7,15 @@ import pytest
 
 from requant.config import Calibration
 from requant.errors import RequantError
-from requant.planning import check_chat_template, check_locked_source, file_rates, model_to_lock, text_files
+from requant.planning import (
+    check_chat_template,
+    check_locked_source,
+    check_path,
+    check_source_names,
+    file_rates,
+    model_to_lock,
+    text_files,
+)
 
 
 def settings(sources, heldout=None) -> dict:
@@ -120,3 +128,37 @@ def test_rates_of_files_are_gigabytes_a_second():
     for value in ("fast", 0, -1.0, True, float("inf")):
         with pytest.raises(RequantError, match=r"^--config shared=\S+: expected GB a second, a number above 0$"):
             file_rates({"shared": value})
+
+
+@pytest.mark.parametrize("part", ["{x}", "{ x }", "{{x}}", "{x,\\d+}", "{x, a{2}}", "{0}", "<results>", "<a1_b>"])
+def test_what_snakemake_replaces_is_refused_with_the_path_and_its_key(part, tmp_path):
+    path = f"text/a{part}b.txt"
+    with pytest.raises(RequantError) as raised:
+        check_path(path, "models.m.path")
+    assert str(raised.value).startswith(f"{path}: ") and "in it is a wildcard to Snakemake (models.m.path)" in str(
+        raised.value
+    )
+    (tmp_path / path).parent.mkdir()
+    (tmp_path / path).write_text("the cat sat")
+    with pytest.raises(RequantError, match=r"\(calibrations\.prose\.sources\[0\]\.path\)"):
+        text_files("prose", settings([tmp_path / path]))
+
+
+@pytest.mark.parametrize(
+    "part", ["{}", "{a-b}", "{a b}", "{", "}", "<A>", "< x>", "<a-b>", "[x]", "*", "?", "%s", "$x", "'", " "]
+)
+def test_what_snakemake_leaves_alone_is_taken(part):
+    check_path(f"text/a{part}b.txt", "models.m.path")
+    check_source_names("m", f"models/{part}", [f"a{part}.safetensors"])
+
+
+def test_a_name_that_fits_no_record_or_line_is_refused():
+    check_source_names("m", "models/m", ["x" * 188 + ".safetensors"])
+    for name, said in (
+        ("x" * 189 + ".safetensors", "a name of 201 bytes (models.m); expected 200 or less"),
+        ("é" * 95 + ".safetensors", "a name of 202 bytes"),
+        ("a\nb.safetensors", "a line break or the like in it (models.m)"),
+    ):
+        with pytest.raises(RequantError) as raised:
+            check_source_names("m", "models/m", [name])
+        assert said in str(raised.value) and "\n" not in str(raised.value)

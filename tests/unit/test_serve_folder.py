@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,10 +61,10 @@ def test_a_dry_run_shows_the_request_and_the_same_as_a_command(packed, capsys):
 
 def test_a_dry_run_of_a_program_shows_its_variables(source, capsys, tmp_path):
     configfile = tmp_path / "mine.yaml"
-    configfile.write_text("targets: {mine: {like: cpu-transformers, environment: {SAY: two words}}}\n")
+    configfile.write_text("targets: {mine: {like: cpu-transformers, environment: {PATH: /two words}}}\n")
     assert serve(source, "--target", "mine", "--configfile", configfile, "--dry-run") == 0
     line = capsys.readouterr().out.replace("\\\n", "")
-    assert shlex.split(line)[:5] == ["env", "SAY=two words", "transformers", "serve", str(source)]
+    assert shlex.split(line)[:5] == ["env", "PATH=/two words", "transformers", "serve", str(source)]
 
 
 def test_weights_that_an_engine_would_get_wrong_are_decoded_first(packed, capsys):
@@ -96,12 +97,25 @@ def test_what_can_not_be_served_is_one_line(packed, source, capsys, tmp_path):
 
 
 def test_a_checkpoint_of_another_tool_is_left_to_the_engine(source, tmp_path, capsys):
-    for path in source.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
     assert serve(tmp_path, "--target", "sm120-sglang", "--dry-run", "--json") == 0
     command = json.loads(capsys.readouterr().out)["command"]
     assert command[command.index("--quantization") + 1] == "modelopt_fp4"
+
+
+def test_a_link_out_of_the_folder_is_refused_before_a_container_starts(source, packed, tmp_path, capsys):
+    """Decoded weights, too, come with files that are copied."""
+    for number, checkpoint in enumerate((source, packed)):
+        place = tmp_path / str(number)
+        shutil.copytree(checkpoint, place)
+        (tmp_path / "secret").write_text("{}")
+        (place / "generation_config.json").unlink(missing_ok=True)
+        (place / "generation_config.json").symlink_to("../secret")
+        said = refused(capsys, place, "--target", "cpu-docker", "--dry-run")
+        assert said.startswith(f"error: {place}/generation_config.json: a link to '../secret'; expected a file in this")
+        assert serve(place, "--target", "cpu-transformers", "--dry-run") == 0, "a program sees what you see"
+        capsys.readouterr()
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "x", "-1"])

@@ -85,7 +85,7 @@ def answering(monkeypatch, answer):
     with endpoint(answer) as (server, requests):
 
         @contextlib.contextmanager
-        def serve_at(target, model, log, threads=1):
+        def serve_at(target, model, log, threads=1, linked=()):
             yield server
 
         monkeypatch.setattr(served_benchmark, "serve_at", serve_at)
@@ -268,7 +268,7 @@ from pathlib import Path
 import test_served_benchmark as test
 from endpoint import served_at
 @contextlib.contextmanager
-def serve_at(*_):
+def serve_at(*_, **__):
     yield served_at(sys.argv[1])
 test.served_benchmark.serve_at = serve_at
 record = test.run(Path({str(folder)!r}), Path({str(tmp_path)!r}), "questions", test.Served(task="tiny_questions"))

@@ -60,15 +60,16 @@ def test_directories_of_a_container_are_cut_in_what_is_published():
 
 
 def test_an_entry_starts_from_another(tmp_path):
-    base = {"engine": "vllm", "device": "cuda", "gpu": "sm90", "arguments": ["--a"]}
-    base |= {"environment": {"A": "1", "B": "1"}, "container": {"ipc": "host", "shm_size": "8g"}}
-    own = {"like": "base", "devices": 4, "arguments": ["--b"]}
-    own |= {"environment": {"B": "2"}, "container": {"shm_size": "1g"}}
+    base = {"engine": "vllm", "device": "cuda", "gpu": "sm90", "arguments": ["--enforce-eager"]}
+    base |= {"environment": {"VLLM_A": "1", "VLLM_B": "1"}, "container": {"ipc": "host", "shm_size": "8g"}}
+    own = {"like": "base", "devices": 4, "arguments": ["--enable-dbo"]}
+    own |= {"environment": {"VLLM_B": "2"}, "container": {"shm_size": "1g"}}
     targets = {"mine": own, "next": {"like": "mine", "devices": 2}, "base": {"like": "base", "devices": 9}}
     data = RELEASE | {"releases": {"r": {"model": "m", "scheme": "W4A16"}}, "targets": targets}
     found = parse(with_targets(data, folder(tmp_path, base=base)))
     mine = found.targets["mine"]
-    assert (mine.gpu, mine.devices, mine.arguments, mine.environment) == ("sm90", 4, ["--b"], {"A": "1", "B": "2"})
+    assert (mine.gpu, mine.devices, mine.arguments) == ("sm90", 4, ["--enable-dbo"])
+    assert mine.environment == {"VLLM_A": "1", "VLLM_B": "2"}
     assert (mine.container.ipc, mine.container.shm_size) == ("host", "1g")
     assert found.targets["next"] == mine.model_copy(update={"devices": 2})
     assert found.targets["base"].devices == 9, "an entry may start from the file that it stands for"
