@@ -6,7 +6,7 @@ import re
 import pytest
 from building import Build, lay_out, write_keys
 
-from requant.records import BlockRecord, EvaluateRecord, PackRecord, PlanRecord, RoutingRecord, read_json
+from requant.records import BlockRecord, DeployRecord, EvaluateRecord, PackRecord, PlanRecord, RoutingRecord, read_json
 
 RELEASES = ("ds-nvfp4", "ds-w3a16", "qw-w3a16", "ll-nvfp4")
 
@@ -46,10 +46,11 @@ def test_a_finished_build_has_the_bytes_of_its_plan(built, planned_after, releas
     assert plan.disk.chain == sum(path.stat().st_size for path in (results / release / "chain").iterdir())
     assert plan.disk.tokens == tokens.stat().st_size
     assert plan.disk.shards == sum(path.stat().st_size for path in (results / release / "model").glob("*.safetensors"))
-    assert (plan.disk.served > 0) == (plan.scheme == "NVFP4")
+    decoded = read_json(results / release / "deploy.json", DeployRecord).why_decoded is not None
+    assert (plan.disk.served > 0) == decoded
     outside = sorted((results / release / "model").glob("*.safetensors"))[-1].stat().st_size
     copied = plan.disk.load_test - outside
-    assert 0 < copied < plan.disk.served if plan.scheme == "NVFP4" else copied == 0
+    assert 0 < copied < plan.disk.served if decoded else copied == 0
 
 
 def test_memory_of_jobs_is_near_what_was_measured(built, planned_after):
