@@ -110,6 +110,7 @@ def make_lock(blocks: int, experts: int) -> Lock:
             "intermediate_size": DENSE_WIDTH,
             "moe_intermediate_size": EXPERT_WIDTH,
             "first_k_dense_replace": DENSE_BLOCKS,
+            "n_routed_experts": experts,
             "num_attention_heads": 128,
             "q_lora_rank": 1536,
             "kv_lora_rank": 512,
