@@ -150,7 +150,7 @@ def serve_in_container(
     """Serves the checkpoint in `model` in a container of the target's image; its output goes to `log`.
 
     Requests name the model `Server.model`. Raises RequantError in one line if Docker can't be asked, the image is
-    not there, Docker refuses the container, the port is taken, and, with the log's last lines, if the engine ends or
+    not there, Docker refuses the container, the port is taken, and, with the log's first error, if the engine ends or
     does not answer its health check in the target's `startup_seconds`.
     """
     model, log = Path(model).resolve(), Path(log)
@@ -182,6 +182,8 @@ def serve_in_container(
                 environment=engine_environment(target, threads),
                 startup_seconds=seconds,
                 container={"request": shown, "image_id": image.id, "image_digests": image.attrs["RepoDigests"] or []},
+                log=log,
+                how_ended=lambda: _how_ended(container, reader, target),
             )
 
 

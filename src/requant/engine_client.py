@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from requant.distances import Row
-from requant.errors import RequantError
+from requant.errors import RequantError, plain
 from requant.jobs import progress
 from requant.replay import Served
-from requant.serving import Server
+from requant.serving import Server, trouble
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +44,7 @@ def ask_all(
             return ask(client, server.model, tokenizer, prompts[number], max_tokens)
         except OpenAIError as error:
             raise RequantError(
-                f"{release}: prompt {number + 1} of {len(prompts)}: {type(error).__name__}: {error}; "
-                f"expected an answer within {seconds:g} s: see the engine's log, or raise the target's "
-                "`request_seconds`"
+                f"{release}: prompt {number + 1} of {len(prompts)}: {unanswered(error, server, seconds)}"
             ) from error
 
     with client_of(server, seconds) as client, ThreadPoolExecutor(at_once) as pool:
@@ -54,6 +52,12 @@ def ask_all(
     tokens = sum(len(answer.steps) for answer in served)
     progress(f"{release}: {len(served)} answers of {tokens} tokens, {at_once} at a time")
     return served
+
+
+def unanswered(error: Exception, server: Server, seconds: float) -> str:
+    """Why there is no answer, in one line: what the client says, and what became of the engine."""
+    found = trouble(server) or "see the engine's log, or raise the target's `request_seconds`"
+    return f"{type(error).__name__}: {plain(error)}; expected an answer within {seconds:g} s: {found}"
 
 
 def ask(client: "OpenAI", model: str, tokenizer: Any, prompt: str, max_tokens: int) -> Served:

@@ -16,7 +16,7 @@ def serve_at(
     """Serves the checkpoint in `model` as `target` says; the engine's output goes to `log`. It ends with the block.
 
     name: what requests call the model, where the engine can be told; the directory's name if absent. port: of the
-    loopback; 0 for a free one. Raises RequantError if the engine can't be started, and with the log's last lines and
+    loopback; 0 for a free one. Raises RequantError if the engine can't be started, and with the log's first error and
     path if it does not answer in time.
     """
     start = serve if target.image is None else serve_in_container
