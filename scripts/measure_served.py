@@ -18,9 +18,10 @@ with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
     packed, made = manifest.parent / "model", read_json(manifest, PackRecord)
     target = Target.model_validate(snakemake.params.target)
     check_files(packed, made.files)
-    reason = why_decoded(PackedCheckpoint(packed).scheme.format, made.moe_blocks > 0, target)
+    scheme = PackedCheckpoint(packed).scheme
+    reason = why_decoded(scheme.format, made.moe_blocks > 0, target)
     measure(
-        Subject(snakemake.wildcards.release, packed, made.files, reason),
+        Subject(snakemake.wildcards.release, packed, made.files, reason, scheme),
         snakemake.params.benchmark,
         snakemake.wildcards.task,
         Served.model_validate(snakemake.params.settings),

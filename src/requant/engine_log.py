@@ -40,8 +40,10 @@ _STAMPS = [
 ]
 _HARMLESS = ("DEBUG", "INFO", "WARN", "WARNING")
 # The last line of a traceback: the exception's name with its modules, and what it says.
-_RAISED = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:: .*|:)?$")
-_EXCEPTION = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|OutOfResources|Timeout|NotFound)\b(?:: .*|:)?$")
+_RAISED = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:\(\w+\))?(?:: ?.*)?$")
+_EXCEPTION = re.compile(
+    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|OutOfResources|Timeout|NotFound)(?:\(\w+\))?(?:: ?.*)?$"
+)
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 _BODY = re.compile(r"""\s|File "|[~^]+$|\[Previous line repeated|$""")
 # Exceptions whose first line says nothing without the next.
@@ -51,7 +53,9 @@ _BARE = re.compile(
     r"""(?x)
     [\w./ -]{1,60}:\ error:\ .                            # argparse
     | Error:\ .                                           # click
-    | (?:-?\w+:\ )?.*:\ (?:command\ )?not\ found$         # a shell
+    | .*:\ (?:command\ )?not\ found$                      # a shell
+    | .*:\ (?:No\ such\ file\ or\ directory|Permission\ denied)$
+    | .*:\ No\ module\ named\ . | .*:\ can't\ open\ file\ .   # python -m
     | .*\ error\ while\ loading\ shared\ libraries:\ .
     | (?:\S+:\ )?exec:?\ .*:\ .
     | docker:\ .+ | Error\ response\ from\ daemon:\ . | OCI\ runtime\ .*failed
@@ -72,6 +76,7 @@ _FOLLOWS = re.compile(
     | WorkerProc\ (?:failed|initialization\ failed|hit\ an\ exception)
     | \b(?:EngineDeadError|EngineGenerateError|BrokenPipeError|ConnectionResetError|ConnectionRefusedError|EOFError)\b
     | \b(?:CancelledError|KeyboardInterrupt|SystemExit|ExceptionGroup|ProcessRaisedException|ProcessExitedException)\b
+    | \bChildFailedError\b
     | sub-?process(?:es)?\ (?:exited|died|failed) | child\ proces+\b | scheduler\ is\ dead
     | Application\ startup\ failed
     | remote\ process\ exited | \bserver\ launch\ failed | ^Aborted | terminated\ by\ signal
@@ -164,31 +169,38 @@ def _tracebacks(lines: list[_Line]) -> tuple[list[str], list[str]]:
     by_source: dict[str, list[_Line]] = defaultdict(list)
     for line in lines:
         by_source[line.source].append(line)
-    found: list[tuple[int, bool, list[str]]] = []
-    for own in by_source.values():
-        at = 0
-        while at < len(own):
-            if TRACEBACK not in own[at].text:
-                at += 1
-                continue
-            start = at
-            error, at = _raised(own, start + 1)
-            before = own[start - 1] if start else own[start]
-            if error is None or own[start].level in _HARMLESS or before.text.startswith("Exception ignored in"):
-                continue
-            if found and _is_chained(own, start):
-                found[-1][2].append(error)
-            else:
-                warned = not own[start].stamped and before.level in ("WARN", "WARNING")
-                found.append((own[start].at, warned, [error]))
-    ordered = [(warned, _joined(chain)) for _, warned, chain in sorted(found)]
-    real, apart = ([error for warned, error in ordered if warned == which] for which in (False, True))
+    found = sorted((begun for own in by_source.values() for begun in _chains(own)), key=lambda begun: begun[0])
+    real, apart = ([_joined(chain) for _, warned, chain in found if warned == which] for which in (False, True))
     return real, apart
 
 
+def _chains(own: list[_Line]) -> list[tuple[int, bool, list[str]]]:
+    """(line of the log, whether it may be a warning's, exceptions) of each traceback among one process's lines."""
+    found: list[tuple[int, bool, list[str]]] = []
+    at = 0
+    while at < len(own):
+        if TRACEBACK not in own[at].text:
+            at += 1
+            continue
+        start = at
+        error, at = _raised(own, start + 1)
+        before = own[start - 1] if start else own[start]
+        if error is None or own[start].level in _HARMLESS or before.text.startswith("Exception ignored in"):
+            continue
+        if found and _is_chained(own, start):
+            found[-1][2].append(error)
+        else:
+            warned = not own[start].stamped and before.level in ("WARN", "WARNING")
+            found.append((own[start].at, warned, [error]))
+    return found
+
+
 def _raised(own: list[_Line], at: int) -> tuple[str | None, int]:
-    """(what the traceback whose first line is before `at` ends in, the index behind it). Of one process's lines."""
-    code = False  # whether the line before names a file: a line of code may follow it, indented or not
+    """(what the traceback whose first line is before `at` ends in, the index behind it). Of one process's lines.
+
+    An exception that says nothing has the line of code that raised it behind it.
+    """
+    code, last = False, ""  # whether the line before names a file: a line of code may follow it, indented or not
     while at < len(own):
         text = own[at].text
         if TRACEBACK in text:
@@ -197,11 +209,12 @@ def _raised(own: list[_Line], at: int) -> tuple[str | None, int]:
             error, at = text.strip(), at + 1
             if _GOES_ON.search(error):
                 error = " ".join([error, *(line.text.strip() for line in own[at : at + 1])]).strip()
-            return error, at
+            return f"{error} ({last})" if last and not error.partition(":")[2].strip() else error, at
         # Some stamps take the indentation away: then code may look like anything, and only its end is told.
         ends = bool(_BODY.match(text)) or code or any(_EXCEPTION.match(line.text) for line in own[at : at + LONGEST])
         if not ends:
             return None, at
+        last = text.strip() if code else last
         code = text.lstrip().startswith('File "')
         at += 1
     return None, at

@@ -237,6 +237,31 @@ RuntimeError: Engine process failed to start. See stack trace for the root cause
             "Traceback (most recent call last):\n  File \"x\", line 1\nModuleNotFoundError: No module named 'vllm'",
             "ModuleNotFoundError: No module named 'vllm'",
         ),
+        "an assertion": (
+            'Traceback (most recent call last):\n  File "a.py", line 3, in split\n    assert heads % size == 0\n'
+            "           ^^^^^^^^^^^^^^^^^\nAssertionError\n",
+            "AssertionError (assert heads % size == 0)",
+        ),
+        "a compiler": (
+            'Traceback (most recent call last):\n  File "jit.py", line 9, in build\n    run()\n'
+            "RuntimeError: Ninja build failed. Ninja output:\nninja: error: '/x/a.cu' missing\n",
+            "RuntimeError: Ninja build failed. Ninja output: ninja: error: '/x/a.cu' missing",
+        ),
+        "Ray": (
+            "(RayWorkerWrapper pid=616, ip=127.0.0.1) Traceback (most recent call last):\n"
+            '(RayWorkerWrapper pid=616, ip=127.0.0.1)   File "w.py", line 1, in load\n'
+            "(RayWorkerWrapper pid=616, ip=127.0.0.1) KeyError: 'layers.0.mlp.experts.w2_weight_scale'\n"
+            "ray.exceptions.RayTaskError(KeyError): ray::worker()\n",
+            "KeyError: 'layers.0.mlp.experts.w2_weight_scale'",
+        ),
+        "a port": (
+            "INFO:     Started server process [7]\n"
+            "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address in use\n",
+            "[Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address in use",
+        ),
+        "no such module": ("/usr/bin/python3: No module named sglang", "/usr/bin/python3: No module named sglang"),
+        "no such program": ("bash: /x/vllm: No such file or directory", "bash: /x/vllm: No such file or directory"),
+        "another architecture": ("exec /x/python3: exec format error", "exec /x/python3: exec format error"),
         "no traceback": ("loading\nOSError: config.json has no model_type\n", "OSError: config.json has no model_type"),
         "a shell": ("/bin/sh: 1: vllm: not found\n", "/bin/sh: 1: vllm: not found"),
         "another shell": ("bash: line 1: vllm: command not found\n", "bash: line 1: vllm: command not found"),
