@@ -20,7 +20,7 @@ from requant.records import LoadTestRecord, read_json
 from requant.safetensors_io import save
 from requant.streamed import StreamedModel
 
-SETTINGS = Deploy(prompts=2, prompt_tokens=12, max_tokens=4)
+SETTINGS = Deploy(prompts=4, prompt_tokens=12, max_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,8 @@ def test_the_first_blocks_are_served_and_shown_to_be_themselves(made, tmp_path):
     assert (record.blocks, record.moe_blocks, record.verdict) == (2, 1, "passed")
     assert record.agreement == 1.0 > record.agreement_limit > record.control_agreement
     assert record.control.startswith("without block ")
-    assert record.tokens == sum(answer.tokens for answer in record.answers) == 2 * 4
+    assert record.tokens == sum(answer.tokens for answer in record.answers) > 4 and len(record.answers) == 4
+    assert record.agreement_least < record.agreement and record.arithmetic.rounds == "none"
     assert record.other_model_status == 400
     assert " ".join(record.command).startswith("transformers serve {model} ")
     assert record.weights == "decoded to BF16" and "48371" in record.why_decoded
