@@ -38,6 +38,8 @@ class Served:
     agrees: list[bool] = field(default_factory=list)
     closed: bool = False  # nothing more can be replayed
     guessed: bool = False  # a token that shows no text was taken for the likeliest one that fits
+    doubtful: bool = False  # such a token, or one of bytes that are no character, is not the chain's choice
+    sure: int | None = None  # tokens up to the first bytes that are no character; None if there are none
     unread: bool = False  # its next token is none that the chain would take for its text
     read: int | None = None  # prompt tokens as the engine counted them
 
@@ -79,9 +81,14 @@ def _follow(answer: Served, row: list[int], logits: "torch.Tensor", tokenizer: A
             break
         added = _added(answer, len(answer.ids))
         answer.guessed = answer.guessed or not added
+        answer.doubtful = answer.doubtful or (not answer.agrees[-1] and (not added or INCOMPLETE in added))
         answer.ids.append(token)
-        if INCOMPLETE in added:  # bytes that are no character: whose they are is never told, nor what follows from them
-            break
+        if (
+            INCOMPLETE in added
+        ):  # which bytes they are is never told: the chain's choice, or nothing can be said further
+            answer.sure = len(answer.agrees) if answer.sure is None else answer.sure
+            if answer.doubtful:
+                break
     answer.closed = True
 
 

@@ -218,9 +218,11 @@ def own_choice(answer: Served, rate: float, answers: int = 1) -> bool:
     """Whether the checkpoint itself would have written this answer, one of so many that are looked at.
 
     No token is foreign to it, and no more are other than its choice than chance explains, each with probability `rate`.
+    What stands behind bytes that are no character, of which several tokens have the text, is not looked at.
     """
-    right, of = agreeing([answer])
-    return of > 0 and not answer.unread and of - right <= chance.most(of, rate, chance.ALPHA / answers)
+    told = answer.agrees[: answer.sure]
+    most = chance.most(len(told), rate, chance.ALPHA / answers)
+    return bool(told) and not answer.unread and told.count(False) <= most
 
 
 def repetition(served: list[Served], allowed: Allowed) -> Check:

@@ -202,6 +202,38 @@ def test_one_doubled_global_scale_is_found(tmp_path, served, packed, tensor):
     assert agreement_of(replayed(served, tmp_path)) < Deploy().agreement
 
 
+@pytest.mark.parametrize(
+    ("chosen", "agrees", "unread"),
+    [
+        ("t byte a b", [True, True, True, True], False),
+        ("t b a b", [True, False, True], False),  # the byte may be any, so what follows from it is not known
+        ("t b b b", [True, False, False], False),
+        ("a byte a b", [False, True, True, True], False),
+    ],
+)
+def test_nothing_is_said_of_what_follows_from_bytes_that_nobody_knows(chosen, agrees, unread):
+    """An answer of t, a byte that is no character, a, b; `chosen` is what the chain likes best at each place."""
+    tokenizer = tiny.tiny_tokenizer()
+    ids = {letter: tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "tab"}
+    backend = tokenizer.backend_tokenizer
+    ids["byte"] = next(id for id in range(len(tokenizer)) if backend.decode([id]) == "\ufffd")
+
+    class Scripted:
+        def logits_of(self, tokens, skip_block=None):
+            logits = torch.zeros(*tokens.shape, len(tokenizer))
+            for place, name in enumerate(chosen.split()):
+                if 1 + place < tokens.shape[1] + 1:
+                    logits[:, place, ids[name]] = 10
+            return logits
+
+    answer = Served("p", [5], ["t", "t", "t\ufffda", "t\ufffdab"])
+    replay(Scripted(), tokenizer, [answer])
+    assert (answer.agrees, answer.unread, answer.sure) == (agrees, unread, 3)
+    foreign = Served("p", [5], ["t", "t\ufffd!!", "t\ufffd!!?"])
+    replay(Scripted(), tokenizer, [foreign])
+    assert foreign.unread and foreign.agrees[-1:] == [False] and not smoke.own_choice(foreign, 0.5)
+
+
 def test_another_checkpoint_is_found_and_named(tmp_path, served):
     other = tiny.make_packed(tiny.make_source(tmp_path / "source", seed=1), tmp_path / "packed")
     answers = replayed(served, other)
