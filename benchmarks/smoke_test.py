@@ -30,15 +30,15 @@ import demo_release  # noqa: E402
 
 from requant import decisions, vocabulary  # noqa: E402
 from requant.config import Deploy  # noqa: E402
-from requant.distances import Row, View, distances, farthest, read  # noqa: E402
+from requant.distances import Reading, Row, View, distances, farthest, reading  # noqa: E402
 from requant.engine_client import echo_rows, next_tokens  # noqa: E402
 from requant.environment import machine  # noqa: E402
 from requant.packed import PackedCheckpoint, write_decoded  # noqa: E402
 from requant.reference_text import first_rows  # noqa: E402
+from requant.roundings import passed  # noqa: E402
 from requant.streamed import StreamedModel  # noqa: E402
 
 PAIRS_OF_EXPERTS, PAIRS_OF_TOKENS = 10, 20
-DTYPES = (torch.bfloat16, torch.float32)  # the chain as it is served, and without rounding
 
 
 @contextmanager
@@ -92,14 +92,18 @@ class Compared:
     """One of the ways in which an engine's log-probabilities are compared with the chain's, which is run here."""
 
     def __init__(self, packed: PackedCheckpoint, rows: list[Row], view: View, factor: float):
-        self.rows, self.view = rows, view
-        self.ours, exact = (read(StreamedModel(packed, dtype=dtype), rows, view) for dtype in DTYPES)
-        self.noise = farthest(distances(exact.views, self.ours.views), self.ours.experts)[0]
-        self.limit = factor * self.noise
+        self.rows, self.view, self.factor = rows, view, factor
+        self.read = read(packed, rows, view)
 
     def ratio(self, logits: torch.Tensor) -> float:
         views = [self.view(part[: len(row.ids)], row) for part, row in zip(logits, self.rows, strict=True)]
-        return farthest(distances(views, self.ours.views), self.ours.experts)[0] / self.limit
+        return farthest(distances(views, self.read.own), self.read).times / self.factor
+
+
+def read(packed: PackedCheckpoint, rows: list[Row], view: View) -> Reading:
+    """The chain's own views, and those of other roundings."""
+    model = StreamedModel(packed)
+    return reading(passed(model, [row.ids for row in rows]), model.head(), rows, view)
 
 
 def padded(rows: list[Row]) -> torch.Tensor:
@@ -168,8 +172,6 @@ def measure(scheme: str, folder: Path) -> dict:
         print(scheme, number, flush=True)
     found = {
         way: {
-            "noise": compared.noise,
-            "limit": compared.limit,
             "healthy": compared.ratio(healthy),
             **{kind: figures(ratios[way]) for kind, ratios in kinds.items()},
         }
@@ -183,15 +185,14 @@ def tokens_exchanged(folder: Path, release: demo_release.DemoRelease, view: View
     packed, tokenizer = release.packed, release.packed.tokenizer()
     shown = vocabulary.sample(tokenizer, settings.vocabulary_tokens)
     rows = decisions.rows_of(tokenizer, vocabulary.contexts(tokenizer, shown))
-    ours, exact = (read(StreamedModel(packed, dtype=dtype), rows, view) for dtype in DTYPES)
-    noise = vocabulary.nearest(rows, distances(exact.views, ours.views))
-    limits = vocabulary.limits(noise, settings.rounding)
+    ours = read(packed, rows, view)
+    limits = vocabulary.limits_of(ours, settings.rounding)
     engine = Engine(folder, rows)
 
     def ratio(tokens: torch.Tensor) -> float:
         logits = engine.logits(tokens)
         views = [view(part[: len(row.ids)], row) for part, row in zip(logits, rows, strict=True)]
-        found = vocabulary.nearest(rows, distances(views, ours.views))
+        found = vocabulary.nearest(rows, distances(views, ours.own))
         return max(found[token] / limits[token] for token in found)
 
     right, ratios, choose = padded(rows), {}, random.Random(0)

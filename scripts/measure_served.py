@@ -20,10 +20,11 @@ with job(snakemake.log.job, snakemake.input, snakemake.resources.get("gpu", 0)):
     target = Target.model_validate(snakemake.params.target)
     check_files(packed, made.files)
     checkpoint = PackedCheckpoint(packed)
+    scheme = checkpoint.scheme
     plain_experts = has_plain_experts(checkpoint.places, made.blocks)
-    reason = why_decoded(checkpoint.scheme.format, made.moe_blocks > 0, target, plain_experts)
+    reason = why_decoded(scheme.format, made.moe_blocks > 0, target, plain_experts)
     measure(
-        Subject(snakemake.wildcards.release, packed, made.files, reason),
+        Subject(snakemake.wildcards.release, packed, made.files, reason, scheme),
         snakemake.params.benchmark,
         snakemake.wildcards.task,
         Served.model_validate(snakemake.params.settings),

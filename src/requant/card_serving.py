@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from requant import wording
+from requant.arithmetic import in_words
 from requant.engine_command import docker_command, shell
 from requant.records import Check, DeployRecord, ServedBenchmarkRecord, Spread, ThroughputRecord
 
@@ -38,9 +39,15 @@ def _unquoted(join: Callable[[list[str]], str], words: list[str]) -> str:
 
 
 def check_table(checks: Sequence[Check]) -> list[list[str]]:
-    """The checks of a smoke test, a row each: name, verdict, found (or why it was not asked), expected."""
+    """The checks of a smoke test, a row each: name, verdict, samples, found (or why it tells nothing), expected."""
     return [
-        [check.name.replace("_", " "), check.verdict, check.found or check.reason or "", check.expected or ""]
+        [
+            check.name.replace("_", " "),
+            check.verdict,
+            NOTHING if check.samples is None else wording.number(check.samples),
+            check.found or check.reason or "",
+            check.expected or "",
+        ]
         for check in checks
     ]
 
@@ -158,9 +165,13 @@ def measured_how(releases: Sequence[Facts]) -> list[str]:
                 f"rows: {run.data}",
                 f"{run.harness} {run.harness_version}",
             ]
+            parts += [f"engine: {in_words(run.arithmetic)}"] if run.arithmetic is not None else []
             parts += [f"the model's code ran in {run.sandbox['kind']}"] if run.sandbox else []
             sentences[f"{run.name}: {asked}; {', '.join(parts)}"] = None
     return list(sentences)
 
 
-FILTERS = (serving_command, check_table, throughput_table, machine_text, served_table, served_trials, measured_how)
+FILTERS = (
+    *(serving_command, in_words, check_table, throughput_table, machine_text),
+    *(served_table, served_trials, measured_how),
+)

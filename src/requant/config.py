@@ -297,13 +297,13 @@ class Deploy(Section):
         1024, description="tokens of the vocabulary that the engine is shown where it can't be asked for its tokenizer"
     )
     rounding: float = Field(
-        1.5,
+        1.25,
         ge=1,
-        description="how far the engine's log-probabilities may be from this model's own, as a multiple of what "
-        "rounding to BF16 alone does to them",
+        description="how far the engine's log-probabilities may be from this model's own, as a multiple of how far "
+        "apart two right roundings of it are",
     )
     long_prompt_tokens: PositiveInt = Field(
-        1024, description="tokens of the long prompt, at most; fewer if the model's context is shorter"
+        1024, description="tokens of a long prompt, at most; fewer if the model's context is shorter"
     )
     throughput: Throughput = Throughput()
 
@@ -520,6 +520,10 @@ class Limit(Section):
     why: str = Field(min_length=1, description="the reason")
 
 
+# How long an engine on a GPU may take to answer unless its target says: kernels are compiled at a first start (sglang's
+# for minutes), a cold disk gives some hundred MB a second, and vLLM took 81 to 156 s for a tiny model on an H200.
+GPU_STARTUP_SECONDS = 3600
+
 # Names of variables that hold credentials, and of those that only look so.
 CREDENTIAL = re.compile(r"TOKEN|API_?KEY|ACCESS_KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|NETRC", re.IGNORECASE)
 NO_CREDENTIALS = ("TOKENIZERS_PARALLELISM",)
@@ -569,10 +573,21 @@ class Target(Section):
     weights: Literal["auto", "decoded"] = Field(
         "auto", description="auto: the packed checkpoint where the engine reads its format; decoded: BF16 weights"
     )
-    startup_seconds: PositiveInt = Field(180, description="how long the engine may take to answer its health check")
+    startup_seconds: PositiveInt = Field(
+        180,
+        description="how long the engine may take to answer its health check; 3600 if absent with `device: cuda`: a "
+        "first start reads the weights from disk and compiles kernels",
+    )
     request_seconds: PositiveInt = Field(120, description="how long one answer may take")
     limits: list[Limit] = Field([], description="what it can't run, and why, for people")
     tested: str | None = Field(None, min_length=1, description="what of it was run, for people")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patient_on_gpus(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("device") == "cuda":
+            return {"startup_seconds": GPU_STARTUP_SECONDS, **data}
+        return data
 
     @model_validator(mode="after")
     def _engine_is_told_what_it_may(self):

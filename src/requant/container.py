@@ -177,7 +177,7 @@ def serve_in_container(
 
     Requests name the model `Server.model`. linked: files that its links may lead to. Raises RequantError in one line if
     another link leads out of it, Docker can't be asked, the image is not there, Docker refuses the container, the port
-    is taken, and, with the log's last lines, if the engine ends or does not answer its health check in the target's
+    is taken, and, with the log's first error, if the engine ends or does not answer its health check in the target's
     `startup_seconds`.
     """
     model, log = Path(model).resolve(), Path(log)
@@ -211,6 +211,8 @@ def serve_in_container(
                 environment=engine_environment(target, threads),
                 startup_seconds=seconds,
                 container={"request": shown, "image_id": image.id, "image_digests": image.attrs["RepoDigests"] or []},
+                log=log,
+                how_ended=lambda: _how_ended(container, reader, target),
             )
 
 

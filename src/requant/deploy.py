@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from requant import decisions, smoke
+from requant import arithmetic, decisions, engine_log, smoke
 from requant.architecture import has_plain_experts
 from requant.config import Deploy, Target
 from requant.engines import serve_at
@@ -33,7 +33,7 @@ from requant.records import (
     write_json,
 )
 from requant.reference_text import RECORDED
-from requant.replay import TIE_TEXT, Served, agreement_of, disagreements
+from requant.replay import TIE_TEXT, Served, agreeing, agreement_of, disagreements
 from requant.served_copy import check_files, linked_files, served_copy, why_decoded
 from requant.serving import Server, unwinding_on_sigterm
 from requant.smoke_texts import Texts, choose_texts, heldout_rows, heldout_tokens
@@ -87,7 +87,9 @@ def smoke_test(
     server, asked = _serve_and_ask(
         release, packed, made, reason is not None, tokenizer, texts, settings, target, folder, server_log, threads
     )
-    judgement = judge(release, checkpoint, reason is None, texts, asked, settings, reference, tokenizer)
+    computed = arithmetic.observed(checkpoint.scheme, target, reason is not None, engine_log.read(server_log))
+    progress(f"{release}: the engine computes with {arithmetic.in_words(computed)} ({computed.known_from})")
+    judgement = judge(release, checkpoint, computed, texts, asked, settings, reference, tokenizer)
     checks = judgement.checks
     for line in smoke.verdict_lines(checks):
         progress(f"{release}: {line}")
@@ -98,10 +100,11 @@ def smoke_test(
         "engine_version": server.version,
         "command": server.command,
     }
+    rest = {"environment": server.environment, "arithmetic": computed, "checks": checks}
     failed_out = out.with_suffix(".failed.json")
     if any(check.verdict == "failed" for check in checks):
-        write_json(failed_out, FailedDeployRecord(**shared, environment=server.environment, checks=checks))
-        raise RequantError(f"{smoke.failure_line(release, checks)} ({failed_out})")
+        write_json(failed_out, FailedDeployRecord(**shared, **rest, engine_error=asked.engine_error))
+        raise RequantError(f"{smoke.failure_line(release, checks, asked.engine_error)} ({failed_out})")
     if asked.levels_error is not None:
         raise asked.levels_error
     progress(f"{release}: comparing with the source's choices")
@@ -116,23 +119,25 @@ def smoke_test(
         **settings.throughput.model_dump(include={"repeats", "warmup", "max_tokens"}),
         seconds=asked.levels_seconds,
     )
+    of = agreeing(asked.served)[1]
     record = DeployRecord(
         **shared,
+        **rest,
         packed=made.digest,
-        environment=server.environment,
         container=server.container,
         weights=weights,
         why_decoded=reason,
         startup_seconds=server.startup_seconds,
         answers=[_answer_record(answer, count) for answer, count in zip(asked.served, source_differs, strict=True)],
-        tokens=sum(len(answer.agrees) for answer in asked.served),
+        tokens=of,
         agreement=agreement_of(asked.served),
         agreement_limit=settings.agreement,
+        agreement_least=judgement.allowed.least(of),
         agreement_rule=TIE_TEXT,
+        differing=judgement.allowed.measured,
         control=judgement.control,
         control_agreement=judgement.control_agreement,
         other_model_status=asked.other_model_status,
-        checks=checks,
         verdict="passed",
         seconds=time.monotonic() - started,
     )

@@ -1,27 +1,27 @@
 """How far a served model's log-probabilities are from the chain's own, and how far rounding alone takes them.
 
-Two right implementations of one model differ: each rounds to BF16 where it likes, and where two experts score alike,
-rounding decides between them. How much that is depends on the model, so it is measured: the chain in BF16 against the
-same weights in float32. A served model may be farther off by a factor (`deploy.rounding`): two independent roundings
-would be off by sqrt(2).
+Two right implementations of one model differ, and how much is measured on the model: the distances of the chain's
+other roundings (`requant.roundings`) from its own are what a right engine's may be like. A served model is held against
+them as a whole: its distances may not be so many times larger in distribution (`deploy.rounding`), beyond what chance
+does to samples of their size.
 
-A damaged expert is seen by the tokens that are routed to it. So the distance is looked at expert by expert, on the
-positions whose token the chain routes there; the upper quartile leaves out the few tokens that rounding sends to
-another expert.
+A damaged expert is seen by the tokens that are routed to it. So the same is asked expert by expert, of the positions
+whose token the chain sends there, beside what rounding does to these very positions. The few tokens that rounding sends
+to another expert are among either.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from requant import chance
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-    from requant.streamed import StreamedModel
+    from requant.roundings import Passed
 
-QUARTILE = 0.75
 FEWEST = 32  # positions of an expert that are looked at by themselves
 EVERYWHERE = "all tokens"
 
@@ -47,13 +47,58 @@ class Row:
 View = Callable[["torch.Tensor", Row], "torch.Tensor"]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Positions that are looked at together. places: bool [positions of all rows]; noise: all distances of other
+    roundings there; spread: their overdispersion (`chance`), at least that of parts in general."""
+
+    name: str
+    places: "torch.Tensor"
+    noise: "torch.Tensor"
+    spread: float
+
+
 @dataclass
 class Reading:
-    """views: of each row [pieces, values]; experts: by (block, expert), for each row which pieces end in one of its
-    tokens, bool [pieces]."""
+    """Views of rows, [pieces, values] each: as the chain itself has them, and by other roundings of it. experts: by
+    (block, expert), for each row which pieces end in one of its tokens, bool [pieces]."""
 
-    views: list["torch.Tensor"]
+    rows: list[Row]
+    own: list["torch.Tensor"]
+    others: list[list["torch.Tensor"]]
     experts: dict[tuple[int, int], list["torch.Tensor"]]
+
+    @cached_property
+    def noise(self) -> list[list["torch.Tensor"]]:
+        """How far each other rounding is from the chain's own, by row."""
+        return [distances(views, self.own) for views in self.others]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All positions, and those of each expert that has enough of them."""
+        import torch
+
+        noise = torch.stack([torch.cat(part) for part in self.noise])
+        places = {EVERYWHERE: distinct(self.rows)}
+        for (block, expert), reached in self.experts.items():
+            here = torch.cat(reached) & places[EVERYWHERE]
+            if int(here.sum()) >= FEWEST:
+                places[f"tokens of expert {expert} of block {block}"] = here
+        spreads = {name: chance.overdispersion(noise[:, part]) for name, part in places.items()}
+        apart = [spread for name, spread in spreads.items() if name != EVERYWHERE] or list(spreads.values())
+        # Of a few repeats of one part little is known: what all parts say is the least.
+        usual = max(1.0, sum(apart) / len(apart))
+        spreads[EVERYWHERE] = usual
+        return [Part(name, part, noise[:, part].flatten(), max(usual, spreads[name])) for name, part in places.items()]
+
+
+@dataclass(frozen=True)
+class Farthest:
+    """So many times farther off than rounding takes them, for sure, are `positions` positions: those of `where`."""
+
+    times: float
+    where: str
+    positions: int
 
 
 def centred(scores: "torch.Tensor") -> "torch.Tensor":
@@ -62,57 +107,58 @@ def centred(scores: "torch.Tensor") -> "torch.Tensor":
     return scores - scores.mean(-1, keepdim=True)
 
 
-def read(model: "StreamedModel", rows: list[Row], view: View) -> Reading:
-    """The chain's own views of `rows`, and the experts that its tokens reach: one pass."""
-    import torch
-
-    longest = max(len(row.ids) for row in rows)
-    hidden = model.embed(torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows]))
-    experts: dict[tuple[int, int], list[torch.Tensor]] = {}
-    for index in range(model.blocks):
-        block = model.block(index, model.quantize_activations)
-        with _watched(block) as chosen:
-            hidden = model.run(block, hidden)
-        if chosen:
-            routes = torch.cat(chosen).view(len(rows), longest, -1)
-            for expert in routes.unique().tolist():
-                reached = (routes == expert).any(-1)
-                experts[index, expert] = [part[row.places] for part, row in zip(reached, rows, strict=True)]
-    head = model.head()
-    views = [view(head(states[: len(row.ids)]), row) for states, row in zip(hidden, rows, strict=True)]
-    return Reading(views, experts)
-
-
-@contextmanager
-def _watched(block: "nn.Module") -> Iterator[list["torch.Tensor"]]:
-    """The experts chosen for each token, int [tokens, k] a batch, while the block runs."""
-    from requant.blocks import Experts
-
-    chosen: list[torch.Tensor] = []
-    modules = [module for module in block.modules() if isinstance(module, Experts)]
-    handles = [module.register_forward_pre_hook(lambda _, inputs: chosen.append(inputs[1].cpu())) for module in modules]
-    try:
-        yield chosen
-    finally:
-        for handle in handles:
-            handle.remove()
+def reading(
+    done: "Passed", head: Callable[["torch.Tensor"], "torch.Tensor"], rows: list[Row], view: View, first: int = 0
+) -> Reading:
+    """The views of `rows`, which are those of `done` from number `first` on. head: final norm and output matrix."""
+    numbers = range(first, first + len(rows))
+    views = [
+        [view(head(states[number]), row).cpu() for number, row in zip(numbers, rows, strict=True)]
+        for states in done.states
+    ]
+    experts = {
+        expert: [reached[number][row.places] for number, row in zip(numbers, rows, strict=True)]
+        for expert, reached in done.experts.items()
+    }
+    return Reading(rows, views[0], views[1:], experts)
 
 
 def distances(these: list["torch.Tensor"], those: list["torch.Tensor"]) -> list["torch.Tensor"]:
-    """For each row the root mean square of the differences of two views, nats, [pieces]."""
-    return [(a - b).square().mean(-1).sqrt() for a, b in zip(these, those, strict=True)]
+    """For each row the root mean square of the differences of two views, nats, [pieces]; NaN is left out."""
+    return [(a - b).square().nanmean(-1).sqrt() for a, b in zip(these, those, strict=True)]
 
 
-def farthest(found: list["torch.Tensor"], experts: dict[tuple[int, int], list["torch.Tensor"]]) -> tuple[float, str]:
-    """The largest upper quartile of `found` over all positions, and over those of each expert; and whose it is."""
+def seen_by(found: list["torch.Tensor"], read: Reading) -> Reading:
+    """The reading of what an engine gave: what it has as NaN is NaN in all views, so that all have the same values."""
+
+    def masked(views: list["torch.Tensor"]) -> list["torch.Tensor"]:
+        return [view.masked_fill(row.isnan(), float("nan")) for view, row in zip(views, found, strict=True)]
+
+    return Reading(read.rows, masked(read.own), [masked(views) for views in read.others], read.experts)
+
+
+def farthest(found: list["torch.Tensor"], read: Reading) -> Farthest:
+    """Where `found`, the distances of an engine by row, are farthest beyond those of other roundings of the chain."""
     import torch
 
     every = torch.cat(found)
-    parts = {EVERYWHERE: every}
-    for (block, expert), reached in experts.items():
-        here = every[torch.cat(reached)]
-        if len(here) >= FEWEST:
-            parts[f"tokens of expert {expert} of block {block}"] = here
-    quartiles = {name: float(part.quantile(QUARTILE)) for name, part in parts.items()}
-    name = max(quartiles, key=lambda name: quartiles[name])
-    return quartiles[name], name
+    tried = []
+    for part in read.parts:
+        values = every[part.places]
+        allowed = chance.apart(len(values) / part.spread, len(part.noise) / part.spread, len(read.parts))
+        tried.append(Farthest(chance.times_larger(values, part.noise, allowed), part.name, len(values)))
+    return max(tried, key=lambda it: it.times)
+
+
+def distinct(rows: list[Row]) -> "torch.Tensor":
+    """Bool [pieces of all rows]: not what another row has up to there too, which is the same computation again."""
+    import torch
+
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for row in rows:
+        for end in row.ends:
+            before = tuple(row.ids[:end])
+            found.append(before not in seen)
+            seen.add(before)
+    return torch.tensor(found)

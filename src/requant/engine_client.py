@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from requant.distances import Row
-from requant.errors import RequantError
+from requant.errors import RequantError, plain
 from requant.jobs import progress
 from requant.replay import Served
-from requant.serving import Server
+from requant.serving import Server, trouble
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +44,7 @@ def ask_all(
             return ask(client, server.model, tokenizer, prompts[number], max_tokens)
         except OpenAIError as error:
             raise RequantError(
-                f"{release}: prompt {number + 1} of {len(prompts)}: {type(error).__name__}: {error}; "
-                f"expected an answer within {seconds:g} s: see the engine's log, or raise the target's "
-                "`request_seconds`"
+                f"{release}: prompt {number + 1} of {len(prompts)}: {unanswered(error, server, seconds)}"
             ) from error
 
     with client_of(server, seconds) as client, ThreadPoolExecutor(at_once) as pool:
@@ -54,6 +52,12 @@ def ask_all(
     tokens = sum(len(answer.steps) for answer in served)
     progress(f"{release}: {len(served)} answers of {tokens} tokens, {at_once} at a time")
     return served
+
+
+def unanswered(error: Exception, server: Server, seconds: float) -> str:
+    """Why there is no answer, in one line: what the client says, and what became of the engine."""
+    found = trouble(server) or "see the engine's log, or raise the target's `request_seconds`"
+    return f"{type(error).__name__}: {plain(error)}; expected an answer within {seconds:g} s: {found}"
 
 
 def ask(client: "OpenAI", model: str, tokenizer: Any, prompt: str, max_tokens: int) -> Served:
@@ -89,13 +93,16 @@ def log_probabilities(client: "OpenAI", model: str, row: Row) -> "torch.Tensor":
     """float64 [pieces, 1 + TOP]: the log-probability of each token of `row` but the first, as the engine echoes them,
     and the TOP largest that the engine had in its place, in falling order.
 
-    vLLM and sglang take token ids for a prompt. Which tokens are the largest is not read: they are named by their
-    texts, which several tokens may share. RequantError if it gives none, or for another number of tokens.
+    vLLM and sglang take token ids for a prompt. Which tokens are the largest is not read. vLLM names them by their ids
+    if it is asked to; where an engine names them by their texts, of which several tokens may have one (parts of a
+    character), it gives one value for all of these: then the largest are not known, and are NaN. RequantError if it
+    gives none, or for another number of tokens.
     """
     import torch
 
     request = {"model": model, "prompt": row.ids, "max_tokens": 1, "temperature": 0}
-    answer = client.completions.create(**request, echo=True, logprobs=TOP)
+    by_id = {"return_tokens_as_token_ids": True}
+    answer = client.completions.create(**request, echo=True, logprobs=TOP, extra_body=by_id)
     echoed = answer.choices[0].logprobs
     found, tops = (echoed.token_logprobs or [], echoed.top_logprobs or []) if echoed else ([], [])
     count = len(row.ids)
@@ -105,8 +112,8 @@ def log_probabilities(client: "OpenAI", model: str, row: Row) -> "torch.Tensor":
             f"{count} tokens with `echo`; expected both for each token"
         )
     largest = [sorted(top.values(), reverse=True)[:TOP] for top in tops[1:count]]
-    filled = [values + values[-1:] * (TOP - len(values)) for values in largest]
-    pairs = zip(found[1:count], filled, strict=True)
+    known = [values if len(values) == TOP else [float("nan")] * TOP for values in largest]
+    pairs = zip(found[1:count], known, strict=True)
     return torch.tensor([[own, *values] for own, values in pairs], dtype=torch.float64)
 
 

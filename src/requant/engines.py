@@ -24,7 +24,7 @@ def serve_at(
 
     name: what requests call the model, where the engine can be told; the directory's name if absent. port: of the
     loopback; 0 for a free one. linked: files that links in the checkpoint may lead to (`served_copy.linked_files`);
-    a container sees no others. Raises RequantError if the engine can't be started, and with the log's last lines and
+    a container sees no others. Raises RequantError if the engine can't be started, and with the log's first error and
     path if it does not answer in time.
     """
     named = {"threads": threads, "name": name, "port": port}

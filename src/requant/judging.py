@@ -1,176 +1,170 @@
-"""What an engine answered, held against requant's own chain of the packed checkpoint: verdicts."""
+"""What an engine answered, held against requant's own chain of the packed checkpoint: verdicts.
+
+The chain is run with the arithmetic that the engine has, as it is and with other roundings beside it: what right
+implementations of this very model differ by is measured where the engine is judged.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from requant import smoke, vocabulary
+from requant import chance, smoke, vocabulary
 from requant.config import Deploy
-from requant.distances import Reading, Row, distances, farthest, read
+from requant.distances import Reading, distances, farthest, reading, seen_by
 from requant.engine_client import echo_rows
-from requant.errors import RequantError
 from requant.jobs import progress
 from requant.questions import Asked
-from requant.records import Check, ReferenceText
-from requant.replay import Served, choose_control, replay
+from requant.records import Arithmetic, Check, ReferenceText
+from requant.replay import Served, differing, find_control, replay
+from requant.roundings import ROUNDINGS, passed
+from requant.smoke import Allowed
 from requant.smoke_texts import Texts
 
 if TYPE_CHECKING:
-    import torch
-
     from requant.packed import PackedCheckpoint
     from requant.streamed import StreamedModel
 
-ENOUGH = 0.25  # part of the served tokens that has to be told from their text, or the check means little
+DECIMALS = 1e-6  # nats, to which evaluate.json has log-probabilities
+LONG_TAIL = 64  # places at the end of a long prompt that are looked at for what rounding does
 
 
 @dataclass
 class Judgement:
-    """checks: all of them, in order; control: what it lacks, and its agreement."""
+    """checks: all of them, in order; allowed: how many served tokens may be other than the chain's choice; control:
+    what it lacks, None if there is none, and its agreement."""
 
     checks: list[Check]
-    control: str = ""
+    allowed: Allowed
+    control: str | None = None
     control_agreement: float = 1.0
+
+
+def chain_of(checkpoint: "PackedCheckpoint", arithmetic: Arithmetic) -> "StreamedModel":
+    """The chain of a release that has an engine's arithmetic."""
+    from requant.streamed import StreamedModel
+
+    rounds = {"all": True, "none": False}.get(arithmetic.rounds, arithmetic.rounds)
+    return StreamedModel(checkpoint, quantize_activations=rounds)
+
+
+def evaluated_alike(reference: ReferenceText, arithmetic: Arithmetic) -> ReferenceText | None:
+    """The reference text with the log-probabilities that this arithmetic gave at the evaluation; None if none did."""
+    if arithmetic.rounds == "all" or reference.weights_alone is None:
+        return reference
+    if arithmetic.rounds != "none":
+        return None
+    return reference.model_copy(update={"log_probabilities": reference.weights_alone, "weights_alone": None})
 
 
 def judge(
     release: str,
     checkpoint: "PackedCheckpoint",
-    as_packed: bool,
+    arithmetic: Arithmetic,
     texts: Texts,
     asked: Asked,
     settings: Deploy,
     reference: ReferenceText,
     tokenizer: Any,
 ) -> Judgement:
-    """Verdicts on all checks. as_packed: the engine has the packed weights, and so rounds activations as they say.
+    """Verdicts on all checks.
 
-    The chain is run for the answers, for the control, and for the reference text in BF16 and in float32.
+    The chain is run for the answers, for the control, and, with other roundings beside it, for all texts once.
     """
-    import torch
-
-    from requant.streamed import StreamedModel
-
-    rounds = as_packed and checkpoint.scheme.quantizes_activations
-    own = StreamedModel(checkpoint, quantize_activations=rounds)
+    own = chain_of(checkpoint, arithmetic)
+    everything = [*asked.served, *asked.together]
     progress(f"{release}: replaying the served tokens, block by block")
-    replay(own, tokenizer, [*asked.served, *asked.together])
+    replay(own, tokenizer, everything)
     replay(own, tokenizer, asked.long)
-    found = Judgement([*asked.checks, *_in_answers(asked, settings)])
+    answers, long = _rows_of(everything), _rows_of(asked.long)
+    shown, recorded = [*texts.rows, *texts.words], echo_rows(reference.tokens)
+    if not asked.rows:  # the engine gave no log-probabilities, which is said already
+        shown, recorded = [], []
+    progress(f"{release}: reading all texts, with {ROUNDINGS} other roundings")
+    done = passed(own, [*answers, *long, *(row.ids for row in (*shown, *recorded))])
+    head, first = own.head(), len(answers) + len(long)
+    allowed = Allowed(settings.agreement, chance.upper_bound(*differing(done, head, range(len(answers)))))
+    at_length = Allowed(
+        settings.agreement, chance.upper_bound(*differing(done, head, range(len(answers), first), LONG_TAIL))
+    )
+    found = Judgement([*asked.checks, *_in_answers(asked, allowed, at_length)], allowed)
     if asked.served:
-        verdict, found.control, found.control_agreement = _greedy(release, own, asked.served, settings)
+        verdict, found.control, found.control_agreement = smoke.greedy(
+            asked.served, allowed, lambda most: find_control(release, own, asked.served, most)
+        )
         found.checks.append(verdict)
-    progress(f"{release}: reading the reference text, in BF16 and in float32")
-    exact = StreamedModel(checkpoint, dtype=torch.float32, quantize_activations=rounds)
-    expected = reference if rounds else alone(reference)
-    found.checks += compare(own, exact, texts, asked, settings.rounding, expected, tokenizer)
+    if shown:
+        compared = reading(done, head, texts.rows, texts.view, first)
+        words = reading(done, head, texts.words, texts.view, first + len(texts.rows))
+        again = reading(done, head, recorded, texts.view, first + len(shown))
+        expected = evaluated_alike(reference, arithmetic)
+        found.checks.append(of_reference_text(texts, asked, settings.rounding, expected, compared, again))
+        if asked.words:
+            found.checks.append(of_vocabulary(asked, words, settings.rounding, tokenizer))
     found.checks = smoke.in_order(found.checks)
     return found
 
 
-def _greedy(release: str, own: "StreamedModel", served: list[Served], settings: Deploy) -> tuple[Check, str, float]:
-    """(verdict, what the control lacks, its agreement)."""
-    steps, judged = sum(len(answer.steps) for answer in served), sum(len(answer.agrees) for answer in served)
-    if judged < steps * ENOUGH:
-        found = f"{judged} of {steps} served tokens could be told from their text"
-        expected = f"{ENOUGH:.0%} or more: raise `deploy.prompts`, or choose other held-out text"
-        return smoke.failed(smoke.GREEDY, found, expected), "", 1.0
-    try:
-        return smoke.greedy(
-            served, settings.agreement, lambda: choose_control(release, own, served, settings.agreement)
-        )
-    except RequantError as error:  # the test is blind
-        return smoke.failed(smoke.GREEDY, str(error), "answers that fit no other model"), "", 1.0
+def _rows_of(served: list[Served]) -> list[list[int]]:
+    """Prompts and answers as far as their tokens are known; of equal ones one."""
+    return list(map(list, dict.fromkeys(tuple([*answer.prompt_ids, *answer.ids]) for answer in served)))
 
 
-def _in_answers(asked: Asked, settings: Deploy) -> list[Check]:
+def _in_answers(asked: Asked, allowed: Allowed, at_length: Allowed) -> list[Check]:
     """The checks of answers that the chain has judged."""
-    limit = settings.agreement
     everything = [*asked.served, *asked.together]
-    checks = [smoke.repetition(everything, limit), smoke.garble(everything, limit)]
+    checks = [smoke.repetition(everything, allowed), smoke.garble(everything, allowed)]
     if asked.together:
-        checks.append(smoke.concurrency(asked.together, asked.served, limit))
-    return checks + [smoke.long_prompt(answer) for answer in asked.long]
+        checks.append(smoke.concurrency(asked.together, asked.served, allowed))
+    return [*checks, *([smoke.long_prompt(asked.long, at_length)] if asked.long else [])]
 
 
-def alone(reference: ReferenceText) -> ReferenceText:
-    """The reference text with the log-probabilities that decoded weights give."""
-    return reference.model_copy(
-        update={"log_probabilities": reference.weights_alone or reference.log_probabilities, "weights_alone": None}
-    )
-
-
-def compare(
-    own: "StreamedModel",
-    exact: "StreamedModel",
-    texts: Texts,
-    asked: Asked,
-    factor: float,
-    reference: ReferenceText,
-    tokenizer: Any,
-) -> list[Check]:
-    """The checks for which log-probabilities of the engine and of evaluate.json are held against the chain's.
-
-    own, exact: the chain as it is served, and in float32. factor: `deploy.rounding`.
-    """
-    if not asked.rows:  # the engine gave none, which is said already
-        return []
-    recorded = echo_rows(reference.tokens)
-    rows = [*texts.rows, *texts.words, *recorded]
-    ours, unrounded = (read(model, rows, texts.view) for model in (own, exact))
-    first, last = len(texts.rows), len(texts.rows) + len(texts.words)
-    checks = [_of_reference_text(texts, asked, factor, reference, ours, unrounded, slice(0, first), slice(last, None))]
-    if asked.words:
-        noise = distances(unrounded.views[first:last], ours.views[first:last])
-        found = distances(asked.words, ours.views[first:last])
-        checks.append(_of_vocabulary(texts.words, found, noise, factor, tokenizer))
-    return checks
-
-
-def _of_reference_text(
-    texts: Texts,
-    asked: Asked,
-    factor: float,
-    reference: ReferenceText,
-    ours: Reading,
-    unrounded: Reading,
-    shown: slice,
-    recorded: slice,
+def of_reference_text(
+    texts: Texts, asked: Asked, factor: float, evaluated: ReferenceText | None, read: Reading, again: Reading
 ) -> Check:
-    """shown, recorded: the rows that the engine was shown, and those of evaluate.json."""
+    """The engine's log-probabilities of the reference text against the chain's, and evaluate.json's against either.
+
+    read: what the engine was shown; again: the text of evaluate.json, of which `evaluated` has the values, if there are
+    any of the engine's arithmetic. factor: `deploy.rounding`.
+    """
     import torch
 
-    experts = {expert: parts[shown] for expert, parts in ours.experts.items()}
-    found, where = farthest(distances(asked.rows, ours.views[shown]), experts)
-    limit = factor * farthest(distances(unrounded.views[shown], ours.views[shown]), experts)[0]
-    evaluated = [torch.tensor(row, dtype=torch.float64)[:, None] for row in reference.log_probabilities if row]
-    chain, exact = ([view[:, :1] for view in reading.views[recorded]] for reading in (ours, unrounded))
-    noise = distances(exact, chain)
-    moved, _ = farthest(distances(evaluated, chain), {})
-    moved_limit = factor * farthest(noise, {})[0]
-    answered = chain
-    if not texts.labels:
-        answered = [row[: len(part), :1] for row, part in zip(asked.rows, evaluated, strict=False)]
-    mean, mean_evaluated = (float(torch.cat(part).mean()) for part in (answered, evaluated))
-    mean_limit = factor * float(torch.cat(noise).mean())
-    whose = "the chain's" if texts.labels else "the engine's"
-    return smoke.judged(
-        smoke.LOG_PROBABILITIES,
-        found <= limit and moved <= moved_limit and abs(mean - mean_evaluated) <= mean_limit,
-        f"{found:.4f} nats off ({where}), evaluate.json {moved:.4f} nats off, {whose} mean {mean:.4f} a token",
-        f"at most {limit:.4f}, {moved_limit:.4f}, evaluate.json's mean {mean_evaluated:.4f} +- {mean_limit:.4f}: "
-        f"{factor:g} times what rounding to BF16 does",
-    )
+    read = seen_by(asked.rows, read)
+    far = farthest(distances(asked.rows, read.own), read)
+    found = [f"{far.times:.2f} times as far off as rounding takes them ({far.where}, {far.positions} positions)"]
+    expected = [f"at most {factor:g} times, beyond chance"]
+    good = far.times <= factor
+    if evaluated is None:
+        found.append("no evaluation has this arithmetic")
+    else:
+        values = [torch.tensor(row, dtype=torch.float64)[:, None] for row in evaluated.log_probabilities if row]
+        chain = Reading(
+            again.rows,
+            [view[:, :1] for view in again.own],
+            [[view[:, :1] for view in views] for views in again.others],
+            {},
+        )
+        moved = farthest([(part - DECIMALS).clamp(min=0) for part in distances(values, chain.own)], chain)
+        answered = chain.own
+        if not texts.labels:
+            answered = [row[: len(part), :1] for row, part in zip(asked.rows, values, strict=False)]
+        mean, mean_evaluated = (float(torch.cat(part).mean()) for part in (answered, values))
+        limit = factor * float(torch.cat([row for rows in chain.noise for row in rows]).mean())
+        whose = "the chain's" if texts.labels else "the engine's"
+        found += [f"evaluate.json {moved.times:.2f} times", f"{whose} mean {mean:.4f} a token"]
+        expected.append(f"evaluate.json's mean {mean_evaluated:.4f} +- {limit:.4f}")
+        good = good and moved.times <= factor and abs(mean - mean_evaluated) <= limit
+    count = sum(len(row.ends) for row in read.rows)
+    return smoke.judged(smoke.LOG_PROBABILITIES, good, ", ".join(found), ", ".join(expected), count)
 
 
-def _of_vocabulary(
-    rows: list[Row], found: "list[torch.Tensor]", noise: "list[torch.Tensor]", factor: float, tokenizer: Any
-) -> Check:
-    tokens = vocabulary.nearest(rows, found)
-    limits = vocabulary.limits(vocabulary.nearest(rows, noise), factor)
+def of_vocabulary(asked: Asked, read: Reading, factor: float, tokenizer: Any) -> Check:
+    """Whether each token that the engine was shown is, in one of its contexts at least, the chain's."""
+    tokens = vocabulary.nearest(read.rows, distances(asked.words, read.own))
+    limits = vocabulary.limits_of(read, factor)
     worst = max(tokens, key=lambda token: tokens[token] / limits[token])
     return smoke.judged(
         smoke.TOKENIZER,
         tokens[worst] <= limits[worst],
         f"{len(tokens)} of {len(tokenizer)} tokens shown, {tokenizer.decode([worst])!r} {tokens[worst]:.4f} nats off",
-        f"at most {limits[worst]:.4f}: {vocabulary.MARGIN * factor:g} times what rounding to BF16 does to a token",
+        f"at most {limits[worst]:.4f}: {vocabulary.MARGIN * factor:g} times what rounding does to a token",
+        len(tokens),
     )

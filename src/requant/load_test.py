@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from requant import smoke
+from requant import arithmetic, chance, engine_log
 from requant.config import Deploy, Target
 from requant.engine_client import ask_all, client_of
 from requant.engines import serve_at
 from requant.errors import RequantError
 from requant.gate import close
 from requant.jobs import progress
+from requant.judging import chain_of
 from requant.records import CutAnswer, KeepList, LoadTestRecord, write_json
-from requant.replay import TIE_TEXT, Served, agreement_of, disagreements, replay
+from requant.replay import TIE_TEXT, Served, agreeing, agreement_of, differing, find_control, replay
+from requant.roundings import passed
 from requant.served_copy import make_greedy, temporary_folder, why_decoded
 from requant.serving import Server, unwinding_on_sigterm
+from requant.smoke import Allowed, greedy, wrong_model_name
 from requant.smoke_texts import choose_prompts, heldout_tokens
 
 if TYPE_CHECKING:
     from requant.packed import PackedCheckpoint
-    from requant.streamed import StreamedModel
+
+ADVICE = "the blocks made so far stay: mend that, or choose another deploy.target, and the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def load_test(
     except Exception as error:
         found = str(error) if isinstance(error, RequantError) else f"{type(error).__name__}: {error}"
         line = " ".join(found.removeprefix(f"{cut.release}: ").split())
-        line = f"load test of {_named(cut)}: {line}; `deploy.load_test_blocks: 0` builds on without it"
+        log = "" if str(server_log) in line or not server_log.exists() else f" (the engine's log: {server_log})"
+        line = f"load test of {_named(cut)}: {line}{log}; {ADVICE}"
         close(out.parent, line)
         raise RequantError(f"{cut.release}: {line}") from error
     write_json(out, record)
@@ -85,7 +90,6 @@ def _tested(
     from requant.architecture import expert_counts, has_plain_experts
     from requant.packed import PackedCheckpoint
     from requant.packing import pack_first
-    from requant.streamed import StreamedModel
 
     started = time.monotonic()
     torch.set_num_threads(threads)
@@ -99,16 +103,18 @@ def _tested(
             cut, checkpoint, reason is not None, tokens, settings, target, scratch, server_log, threads
         )
         progress(f"{cut.release}: replaying {sum(len(answer.steps) for answer in served)} tokens of the cut")
-        rounds = reason is None and checkpoint.scheme.quantizes_activations and target.engine != "transformers"
-        own = StreamedModel(checkpoint, quantize_activations=rounds)
+        computed = arithmetic.observed(checkpoint.scheme, target, reason is not None, engine_log.read(server_log))
+        own = chain_of(checkpoint, computed)
         replay(own, checkpoint.tokenizer(), served)
-        agreement = agreement_of(served)
-        if agreement < settings.agreement:
-            verdict, _, _ = smoke.greedy(served, settings.agreement, lambda: ("", 1.0))
-            raise RequantError(f"{verdict.found}; expected {verdict.expected}: the engine serves another model")
-        control, control_agreement = find_control(own, served, settings.agreement)
-    if control is None:
-        progress(f"{cut.release}: warning: these answers do not depend on any one of the blocks: they show no more")
+        done = passed(own, [[*answer.prompt_ids, *answer.ids] for answer in served])
+        allowed = Allowed(settings.agreement, chance.upper_bound(*differing(done, own.head(), range(len(served)))))
+        verdict, control, control_agreement = greedy(
+            served, allowed, lambda most: find_control(cut.release, own, served, most)
+        )
+    if verdict.verdict == "failed":
+        raise RequantError(f"{verdict.found}; expected {verdict.expected}: the engine serves another model")
+    if verdict.verdict == "not applicable":
+        progress(f"{cut.release}: warning: {verdict.reason}: the engine loads these blocks, and they show no more")
     return LoadTestRecord(
         release=cut.release,
         target=settings.target,
@@ -121,6 +127,7 @@ def _tested(
         container=server.container,
         weights="the packed blocks as they are" if reason is None else "decoded to BF16",
         why_decoded=reason,
+        arithmetic=computed,
         startup_seconds=server.startup_seconds,
         answers=[
             CutAnswer(
@@ -132,10 +139,12 @@ def _tested(
             )
             for answer in served
         ],
-        tokens=sum(len(answer.agrees) for answer in served),
-        agreement=agreement,
+        tokens=agreeing(served)[1],
+        agreement=agreement_of(served),
         agreement_limit=settings.agreement,
+        agreement_least=allowed.least(agreeing(served)[1]),
         agreement_rule=TIE_TEXT,
+        differing=allowed.measured,
         control=control,
         control_agreement=control_agreement,
         other_model_status=refusal,
@@ -172,25 +181,9 @@ def _serve_and_ask(
         progress(f"{cut.release}: {server.engine} {server.version} healthy after {server.startup_seconds:.1f} s")
         served = ask_all(cut.release, server, tokenizer, prompts, settings.max_tokens, target.request_seconds)
         with client_of(server, target.request_seconds) as client:
-            verdict, status = smoke.wrong_model_name(client, server.model, target.engine)
+            verdict, status = wrong_model_name(client, server.model, target.engine)
         if verdict.verdict == "failed":
             raise RequantError(
                 f"{verdict.found}; expected {verdict.expected}: the engine serves more than it was given"
             )
         return server, served, status
-
-
-def find_control(model: "StreamedModel", served: list[Served], limit: float) -> tuple[str | None, float]:
-    """(what was left out, agreement without it) of a chain that the answers tell from the cut's, else (None, lowest).
-
-    So few blocks may answer the same whichever of them is left out: that is no fault of the build, but it has to be
-    said.
-    """
-    tokens = sum(len(answer.ids) for answer in served)
-    lowest = 1.0
-    for block in range(model.blocks):
-        agreement = 1 - sum(disagreements(model, served, skip_block=block)) / max(tokens, 1)
-        if agreement < limit:
-            return f"without block {block}", agreement
-        lowest = min(lowest, agreement)
-    return None, lowest

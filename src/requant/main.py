@@ -184,6 +184,7 @@ def _serve(asked: argparse.Namespace) -> int:
     from requant.engine_command import shell
     from requant.reproduce import checkout
     from requant.serve_folder import is_running, planned, served, shown
+    from requant.serving import trouble
     from requant.target_files import FOLDER, target_named
 
     target = target_named(asked.target, asked.configfile, checkout() / FOLDER)
@@ -208,7 +209,8 @@ def _serve(asked: argparse.Namespace) -> int:
             say(f"{server.engine} {server.version} at {server.url}/v1, model {server.model!r}; Ctrl-C ends it")
             while is_running(server.pid):
                 time.sleep(1)
-            raise RequantError(f"{asked.log}: the engine ended by itself; expected it to run: its log says more")
+            became = trouble(server) or "the engine ended by itself"
+            raise RequantError(f"{asked.log}: {became}; expected it to run until Ctrl-C: its log says more")
     except KeyboardInterrupt:
         say("stopped")
     return 0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from requant import decode, int_pack, nvfp4
+from requant.architecture import EXPERT_TENSOR
 from requant.checkpoint import Checkpoint
 from requant.errors import RequantError
 from requant.rows import row_parts
@@ -67,12 +68,16 @@ class PackedCheckpoint(Checkpoint):
                     raise RequantError(f"{self.directory}: {name}: {error}") from None
         return tensors
 
-    def round_activations(self, block: nn.Module, prefix: str) -> None:
-        """Makes the quantized Linears of `block` (tensors under `prefix`) round their inputs as the scheme says."""
+    def round_activations(self, block: nn.Module, prefix: str, which: bool | str = True) -> None:
+        """Makes the quantized Linears of `block` (tensors under `prefix`) round their inputs as the scheme says.
+
+        which: all of them, or "experts" for those of routed experts, "others" for all but those.
+        """
         if not self.scheme.quantizes_activations:
             return
         for weight in self.quantized:
-            if weight.startswith(prefix):
+            wanted = which is True or bool(EXPERT_TENSOR.fullmatch(weight)) == (which == "experts")
+            if weight.startswith(prefix) and wanted:
                 linear = block.get_submodule(weight.removeprefix(prefix).removesuffix(".weight"))
                 try:
                     round_inputs(linear, input_scale(self.parts(weight)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from requant import fp8, structure
 from requant.architecture import EXPERT
+from requant.arithmetic import in_words, planned
 from requant.checkpoint import INDEX, Checkpoint
 from requant.config import Calibration, Prune, Release, Target, TextSource
 from requant.cut import blocks_to_load
@@ -407,6 +408,7 @@ def target_plan(subject: Subject, model: Structure, released: int, scheme: Schem
         problem=problem,
         weights_bytes=each,
         weights="packed" if packed and scheme.quantizes else "BF16",
+        arithmetic=None if problem is not None else in_words(planned(scheme, target, serves_decoded(subject, model))),
         cache_bytes_per_token=per_token,
         cached_tokens=None if tokens is None else max(0, tokens),
         concurrency=target.concurrency,
@@ -578,6 +580,7 @@ def target_rows(record: PlanRecord) -> dict[str, str]:
         "target": target.target,
         "  engine": f"{target.engine}, {target.devices} x {target.gpu or target.device}{memory}",
         "  weights a device": f"{gb(target.weights_bytes)}, {target.weights}",
+        "  computes with": target.arithmetic or "nothing: refused",
         "  context": "not known" if target.context is None else f"{target.context:,} tokens x {target.concurrency}",
         "  fits": "no, refused" if target.problem is not None else fits,
     }

@@ -13,7 +13,7 @@ from requant.errors import RequantError, plain
 from requant.jobs import progress
 from requant.records import Check, ThroughputLevel
 from requant.replay import Served
-from requant.serving import Server
+from requant.serving import Server, trouble
 from requant.smoke_texts import Texts
 from requant.throughput import measure
 
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     import torch
     from openai import OpenAI
 
+LONG_TOKENS = 32  # of answers to long prompts: as many prompts are asked as it takes
+
 
 @dataclass
 class Asked:
-    """What the engine answered. checks: those that need no chain; rows, words: what is compared of those texts."""
+    """What the engine answered. checks: those that need no chain; rows, words: what is compared of those texts;
+    engine_error: how the engine ended, if it did, and the first error in its log if it did not answer."""
 
     checks: list[Check] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)
@@ -36,6 +39,7 @@ class Asked:
     levels: list[ThroughputLevel] = field(default_factory=list)
     levels_seconds: float = 0.0
     levels_error: RequantError | None = None
+    engine_error: str | None = None
 
 
 def ask_everything(
@@ -54,9 +58,16 @@ def ask_everything(
             ask()
         except (OpenAIError, RequantError) as error:
             asked.checks.append(smoke.failed(name, plain(error), "an answer"))
+            asked.engine_error = asked.engine_error or trouble(server)
 
     def check(name: str, ask: Callable[[], Check]) -> None:
         keep(name, lambda: asked.checks.append(ask()))
+
+    def ask_long() -> None:
+        for prompt in texts.long:
+            asked.long.extend(answers([prompt]))
+            if sum(len(answer.steps) for answer in asked.long) >= LONG_TOKENS:
+                break
 
     def other_name() -> Check:
         verdict, asked.other_model_status = smoke.wrong_model_name(client, model, engine)
@@ -77,10 +88,10 @@ def ask_everything(
         check_with_answers(smoke.STOP, lambda: smoke.stop_sequences(client, model, asked.served, most))
         check(smoke.WRONG_NAME, other_name)
         keep(smoke.CONCURRENCY, lambda: asked.together.extend(answers(texts.prompts, len(texts.prompts))))
-        keep(smoke.LONG_PROMPT, lambda: asked.long.extend(answers([texts.long])))
+        keep(smoke.LONG_PROMPT, ask_long)
         check_with_answers(
             smoke.TOO_LONG,
-            lambda: smoke.over_long_input(client, model, engine, texts.too_long, texts.context, asked.served[0]),
+            lambda: smoke.over_long_input(client, model, engine, texts.too_long, texts.context, asked.served),
         )
         progress(f"{release}: asking for log-probabilities")
         keep(smoke.LOG_PROBABILITIES, lambda: asked.rows.extend(_read(client, model, texts, texts.rows)))
@@ -113,6 +124,6 @@ def _ask_for_tokens(client: "OpenAI", server: Server, tokenizer: Any, texts: Tex
     elif texts.labels:
         asked.words.extend(_read(client, server.model, texts, texts.words))
     else:
-        found = vocabulary.differences(client, server.url, server.model, tokenizer, [*texts.prompts, texts.long])
+        found = vocabulary.differences(client, server.url, server.model, tokenizer, [*texts.prompts, texts.long[0]])
         told = found or f"{len(tokenizer)} tokens and {len(texts.prompts) + 1} texts the same"
-        asked.checks.append(smoke.judged(smoke.TOKENIZER, found is None, told, expected))
+        asked.checks.append(smoke.judged(smoke.TOKENIZER, found is None, told, expected, len(tokenizer)))

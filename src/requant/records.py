@@ -386,6 +386,19 @@ class Answer(Record):
     source_answer_differs: bool = Field(description="the source model would have chosen another token somewhere")
 
 
+class Arithmetic(Record):
+    """What an engine computes a release with."""
+
+    rounds: Literal["all", "none", "experts", "others"] = Field(
+        description="quantized Linears whose inputs are rounded as the format says: those of routed experts alone, or "
+        "all but those, where it is not all or none"
+    )
+    known_from: str = Field(description="the engine's log, or what was run")
+    unlike_evaluated: str | None = Field(
+        None, description="how that is another model than the one that was evaluated; null if it is the same"
+    )
+
+
 class Check(Record):
     """One check of the smoke test. What it found is the same whenever the same engine serves the same weights."""
 
@@ -394,6 +407,7 @@ class Check(Record):
     reason: str | None = Field(None, description="why it is not applicable")
     found: str | None = None
     expected: str | None = None
+    samples: int | None = Field(None, description="tokens, positions or answers that the verdict rests on")
 
 
 class FailedDeployRecord(StageRecord):
@@ -405,6 +419,8 @@ class FailedDeployRecord(StageRecord):
     engine_version: str
     command: list[str] = Field(description="as run, with the checkpoint's directory as {model}")
     environment: dict[str, str]
+    arithmetic: Arithmetic | None = Field(None, description="what the engine computed with")
+    engine_error: str | None = Field(None, description="how the engine ended, if it did, and its first real error")
     checks: list[Check]
     verdict: Literal["failed"] = "failed"
 
@@ -424,13 +440,22 @@ class DeployRecord(StageRecord):
     )
     weights: str = Field(description="what was served: decoded to BF16, or the packed checkpoint as it is")
     why_decoded: str | None
+    arithmetic: Arithmetic | None = Field(None, description="what the engine computed with")
     startup_seconds: float
     answers: list[Answer]
     tokens: int
     agreement: float = Field(description="agreeing tokens / served tokens")
     agreement_limit: float
+    agreement_least: float | None = Field(
+        None, description="lowest agreement of so many tokens that chance explains, given the limit"
+    )
     agreement_rule: str = Field(description="when a token counts as agreeing")
-    control: str = Field(description="what was left out of the control's chain")
+    differing: float | None = Field(
+        None, description="part of the places at which other roundings of this model choose another token, at most"
+    )
+    control: str | None = Field(
+        description="what was left out of the control's chain; null where the answers tell it from no such chain"
+    )
     control_agreement: float = Field(description="the same of a chain with one block's weights left out: must be lower")
     other_model_status: int = Field(description="HTTP status for a request that names another model")
     checks: list[Check] = Field(description="all of them, in the order of docs/smoke-test.md")
@@ -462,12 +487,19 @@ class LoadTestRecord(StageRecord):
     )
     weights: str = Field(description="what was served: decoded to BF16, or the packed blocks as they are")
     why_decoded: str | None
+    arithmetic: Arithmetic | None = Field(None, description="what the engine computed with")
     startup_seconds: float
     answers: list[CutAnswer]
     tokens: int
     agreement: float = Field(description="agreeing tokens / served tokens")
     agreement_limit: float
+    agreement_least: float | None = Field(
+        None, description="lowest agreement of so many tokens that chance explains, given the limit"
+    )
     agreement_rule: str = Field(description="when a token counts as agreeing")
+    differing: float | None = Field(
+        None, description="part of the places at which other roundings of the cut choose another token, at most"
+    )
     control: str | None = Field(
         description="what was left out of the control's chain; null if no one block can be told from the answers"
     )
@@ -581,6 +613,7 @@ class ServedMeasurement(StageRecord):
     environment: dict[str, str]
     weights: str = Field(description="what was served: decoded to BF16, or the checkpoint as it is")
     why_decoded: str | None
+    arithmetic: Arithmetic | None = Field(None, description="what the engine computed with; null for a source model")
     sandbox: dict[str, Any] | None = Field(description="where the model's code ran; null if none was run")
     sentences: str | None = Field(description="what splits text into sentences; null if nothing does")
     kept_answers: int = Field(description="of the requests, those that an earlier run of this job had an answer to")
@@ -662,6 +695,7 @@ class TargetPlan(Record):
     problem: str | None = Field(description="why the engine refuses the release; null if it serves it")
     weights_bytes: int = Field(description="on each device, as the engine holds them")
     weights: str = Field(description="how the engine holds them")
+    arithmetic: str | None = Field(None, description="what the engine computes with; null where it refuses the release")
     cache_bytes_per_token: int = Field(description="KV cache of a token on each device")
     cached_tokens: int | None = Field(description="tokens whose KV cache fits; null if the memory is not known")
     concurrency: int

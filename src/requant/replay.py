@@ -4,16 +4,16 @@ Prompt and answer go through requant's block-by-block chain, teacher-forced. Gre
 own choice at every token, or one so close that BF16 rounding decides.
 """
 
-import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from requant.errors import RequantError
 from requant.jobs import progress
 
 if TYPE_CHECKING:
     import torch
 
+    from requant.roundings import Passed
     from requant.streamed import StreamedModel
 
 # The engine rounds its logits to BF16, which has 8 significant bits: two logits of size |l| that differ by
@@ -22,6 +22,8 @@ TIE = 2.0**-7
 TIE_TEXT = "served token within 2^-7 |l| of the chain's best logit l: one rounding step of BF16"
 ROUNDS = 4  # passes through the chain at most; one is enough unless a token's text leaves its id open
 RANKED = 256  # candidates for a token whose text leaves its id open
+INCOMPLETE = "\ufffd"  # what stands for the bytes of a character that is not complete
+CONTROLS = 6  # blocks that are left out, one after another, until the answers fit no more
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Served:
     gaps: list[float] = field(default_factory=list)  # best log-probability minus the served token's, nats
     agrees: list[bool] = field(default_factory=list)
     closed: bool = False  # nothing more can be replayed
+    guessed: bool = False  # a token that shows no text was taken for the likeliest one that fits
+    doubtful: bool = False  # such a token, or one of bytes that are no character, is not the chain's choice
+    sure: int | None = None  # tokens up to the first bytes that are no character; None if there are none
+    unread: bool = False  # its next token is none that the chain would take for its text
     read: int | None = None  # prompt tokens as the engine counted them
 
 
@@ -65,19 +71,39 @@ def _follow(answer: Served, row: list[int], logits: "torch.Tensor", tokenizer: A
         ranked = scores.topk(min(RANKED, len(scores))).indices.tolist()
         fitting = (token for token in [*ranked, *row[position : position + 1]] if _fits(answer, token, tokenizer))
         token = next(fitting, None)
+        if token is None and answer.guessed:  # the guess may have been wrong, which is no fault of the engine
+            break
         judged = ranked[-1] if token is None else token
         answer.gaps.append(float(scores[ranked[0]] - scores[judged]))
-        answer.agrees.append(token is not None and _ties(logits[position - 1], token))
+        answer.agrees.append(token is not None and bool(ties(logits[position - 1], token)))
         if token is None:  # unknown, so nothing after it can be replayed
+            answer.unread = True
             break
+        added = _added(answer, len(answer.ids))
+        answer.guessed = answer.guessed or not added
+        answer.doubtful = answer.doubtful or (not answer.agrees[-1] and (not added or INCOMPLETE in added))
         answer.ids.append(token)
+        if (
+            INCOMPLETE in added
+        ):  # which bytes they are is never told: the chain's choice, or nothing can be said further
+            answer.sure = len(answer.agrees) if answer.sure is None else answer.sure
+            if answer.doubtful:
+                break
     answer.closed = True
 
 
-def _ties(logits: "torch.Tensor", token: int) -> bool:
-    """Whether `token` is the best of logits [vocab], or as good as BF16 can tell."""
-    best = float(logits.max())
-    return best - float(logits[token]) <= TIE * abs(best)
+def _added(answer: Served, place: int) -> str:
+    """The text that token number `place` adds; none for a part of a character, and for a token that has no text."""
+    return answer.steps[place][len(answer.steps[place - 1]) if place else 0 :]
+
+
+def ties(logits: "torch.Tensor", tokens: "torch.Tensor | int") -> "torch.Tensor":
+    """Whether `tokens` [...] are the best of logits [..., vocab], or as good as BF16 can tell."""
+    import torch
+
+    tokens = torch.as_tensor(tokens, device=logits.device)
+    best = logits.max(-1).values
+    return best - logits.gather(-1, tokens[..., None])[..., 0] <= TIE * best.abs()
 
 
 def _fits(answer: Served, token: int, tokenizer: Any) -> bool:
@@ -106,8 +132,7 @@ def _guesses(answer: Served, text_ids: dict[str, int]) -> list[int]:
     """Ids for the rest of the answer, up to the first token whose text tells nothing."""
     guesses: list[int] = []
     for place in range(len(answer.ids), len(answer.steps)):
-        before = answer.steps[place - 1] if place else ""
-        added = answer.steps[place][len(before) :]
+        added = _added(answer, place)
         if not added or added not in text_ids:
             break
         guesses.append(text_ids[added])
@@ -124,39 +149,72 @@ def _logits(model: "StreamedModel", rows: list[list[int]], skip_block: int | Non
     return [part[: len(row)] for part, row in zip(logits, rows, strict=True)]
 
 
+def agreeing(served: list[Served]) -> tuple[int, int]:
+    """(tokens that agree, tokens that were judged). What comes behind a token that no id of the chain's fits is judged
+    too: it is not this model's."""
+    right = sum(sum(answer.agrees) for answer in served)
+    return right, sum(len(answer.steps if answer.unread else answer.agrees) for answer in served)
+
+
 def agreement_of(served: list[Served]) -> float:
-    """Part of the replayed tokens that agree."""
-    judged = [agrees for answer in served for agrees in answer.agrees]
-    return statistics.fmean(judged) if judged else 0.0
+    """Part of the judged tokens that agree."""
+    right, of = agreeing(served)
+    return right / of if of else 0.0
 
 
 def disagreements(model: "StreamedModel", served: list[Served], skip_block: int | None = None) -> list[int]:
     """For each answer the number of its tokens that `model` would not have chosen."""
+    import torch
+
     rows = [answer.prompt_ids + answer.ids for answer in served]
     counts = []
     for answer, row, logits in zip(served, rows, _logits(model, rows, skip_block), strict=True):
         first = len(answer.prompt_ids)
-        counts.append(sum(not _ties(logits[place - 1], row[place]) for place in range(first, len(row))))
+        chosen = ties(logits[first - 1 : len(row) - 1], torch.tensor(row[first:], dtype=torch.long))
+        counts.append(int((~chosen).sum()))
     return counts
 
 
-def choose_control(release: str, model: "StreamedModel", served: list[Served], limit: float) -> tuple[str, float]:
-    """(what was left out, agreement without it) for a chain that the test tells from the served model.
+def differing(
+    done: "Passed", head: Callable[["torch.Tensor"], "torch.Tensor"], numbers: range, last: int | None = None
+) -> tuple[int, int]:
+    """(places at which another rounding of the chain chooses a token that this one would not, places looked at).
 
-    The middle block first. A model may hardly need one of its blocks, so the others follow, from the middle
-    outwards. RequantError if the answers fit every one of these wrong models: then they prove nothing.
+    A right engine is another rounding too: it may choose otherwise as often. numbers: of rows of `done`, of which the
+    `last` places are looked at. head: final norm and output matrix.
+    """
+    own, *others = done.states
+    count, places = 0, 0
+    for number in numbers:
+        tail = slice(-last if last else None, None)
+        logits = head(own[number][tail])
+        for states in others:
+            chosen = head(states[number][tail]).argmax(-1)
+            count += int((~ties(logits, chosen)).sum())
+            places += len(chosen)
+    return count, places
+
+
+def find_control(release: str, model: "StreamedModel", served: list[Served], most: int) -> tuple[str | None, float]:
+    """(what was left out, agreement without it) for a chain that the answers tell from the served model: more than
+    `most` of their tokens are not its choice. (None, the lowest agreement) if they fit each of those that are tried.
+
+    The middle block first. A model may hardly need one of its blocks, and needs its first one most.
     """
     tokens = sum(len(answer.ids) for answer in served)
-    middle = model.blocks // 2
     lowest = 1.0
-    for block in sorted(range(model.blocks), key=lambda index: abs(index - middle)):
+    for block in _controls(model.blocks):
         progress(f"{release}: control: replaying without block {block} (of {model.blocks})")
-        agreement = 1 - sum(disagreements(model, served, skip_block=block)) / tokens
-        if agreement < limit:
+        wrong = sum(disagreements(model, served, skip_block=block))
+        agreement = 1 - wrong / max(tokens, 1)
+        if wrong > most:
             return f"without block {block}", agreement
         lowest = min(lowest, agreement)
-    raise RequantError(
-        f"{release}: the {tokens} served tokens fit the model without any one of its blocks too (agreement "
-        f"{lowest:.3f} or more); expected less than {limit}: the test is blind: raise `deploy.prompts` or "
-        "`deploy.max_tokens`"
-    )
+    return None, lowest
+
+
+def _controls(blocks: int) -> list[int]:
+    """Blocks to leave out, in turn: the middle, the first, the last, and others from the middle outwards."""
+    middle = blocks // 2
+    outwards = sorted(range(blocks), key=lambda index: abs(index - middle))
+    return list(dict.fromkeys([middle, 0, blocks - 1, *outwards]))[:CONTROLS]

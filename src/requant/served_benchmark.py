@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from requant import paired
+from requant import engine_log, paired
 from requant.answer_log import AnswerLog
+from requant.arithmetic import observed
 from requant.benchmark import BOOTSTRAP_RESAMPLES, offline
 from requant.config import Sandbox, Served, Target
 from requant.engines import serve_at
@@ -33,6 +34,7 @@ from requant.records import (
     write_json,
     write_text,
 )
+from requant.schemes import Scheme
 from requant.served_copy import linked_files, served_copy
 from requant.served_model import client, past_proxies
 from requant.served_tasks import (
@@ -45,19 +47,23 @@ from requant.served_tasks import (
     source_of_rows,
     versions,
 )
-from requant.serving import Server, unwinding_on_sigterm
+from requant.serving import Server, trouble, unwinding_on_sigterm
 
 SAME = 1e-9  # between lm-eval's score and that over the rows: sums in another order
 
 
 @dataclass
 class Subject:
-    """A checkpoint to be served: the files `files` of `directory`, decoded to BF16 if there is a reason to."""
+    """A checkpoint to be served: the files `files` of `directory`, decoded to BF16 if there is a reason to.
+
+    scheme: of a release.
+    """
 
     name: str
     directory: Path
     files: dict[str, FileEntry]
     why_decoded: str | None = None
+    scheme: Scheme | None = None
 
 
 @dataclass
@@ -119,6 +125,9 @@ def measure(
         stack.callback(answers.close)
         context = target.context or _context(model)
         rows, runs = _ask(subject.name, name, tasks, choice, settings, server, model, target, context, answers)
+    computed = None
+    if subject.scheme is not None:
+        computed = observed(subject.scheme, target, subject.why_decoded is not None, engine_log.read(server_log))
     scores = _scores(name, rows, runs, tasks)
     write_text(samples, "".join(map(_line, rows)))
     shots = {task.config.num_fewshot or 0 for task in tasks}
@@ -150,6 +159,7 @@ def measure(
         environment=server.environment,
         weights="the checkpoint as it is" if subject.why_decoded is None else "decoded to BF16",
         why_decoded=subject.why_decoded,
+        arithmetic=computed,
         sandbox=ran_in,
         sentences=sentences,
         kept_answers=answers.kept,
@@ -197,9 +207,10 @@ def _ask(
         except RequantError:
             raise
         except Exception as error:  # lm-eval passes on whatever its HTTP clients raise
+            became = trouble(server) or "its log says more"
             raise RequantError(
                 f"{subject}: {name}: {type(error).__name__}: {plain(error)}; expected answers from {server.engine}: "
-                "its log says more; the answers so far are kept, and the same command goes on with them"
+                f"{became}; the answers so far are kept, and the same command goes on with them"
             ) from error
         _collect(results, rows)
         runs.append(results)

@@ -21,10 +21,7 @@ from requant.tokenizer import made_files, write_made
 
 # Why transformers is not given a format as it is stored; it reads the formats that are not here.
 WHY_DECODED = {
-    "nvfp4-pack-quantized": (
-        "has no arithmetic in NVFP4; served this way, activations stay in BF16, while the evaluation rounds them to "
-        "NVFP4 as the format does"
-    ),
+    "nvfp4-pack-quantized": "has no arithmetic in NVFP4",
 }
 WHY_DECODED_MOE = {  # besides, for a mixture of experts
     "nvfp4-pack-quantized": (

@@ -26,14 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant import engine_log
 from requant.config import Target, is_credential
 from requant.engine_arguments import INHERITED
 from requant.engine_command import LOOPBACK, engine_command, quantization_of
-from requant.errors import RequantError, plain
+from requant.errors import RequantError
 
 STOP_SECONDS = 10.0  # for an orderly end before SIGKILL
 POLL_SECONDS = 0.1
-LAST_LINES = 5  # of a log, in an error
+END_SECONDS = 5.0  # that an engine which answers no more may take to end
 UNKNOWN = "unknown"  # version of an engine that does not tell
 ENGINES = {"transformers": "transformers serve", "vllm": "vllm serve", "sglang": "sglang"}
 # Engines ask nobody, and their logs are plain lines that appear when they are written.
@@ -58,7 +59,8 @@ class Server:
     """An engine that answers. `command` has {model} and {port} in place of the directory and the port.
 
     container: None for a program; else {request: what was asked of Docker, with the same placeholders, image_id: hash
-    of the image's configuration, image_digests: its names by digest in the registries that it came from}.
+    of the image's configuration, image_digests: its names by digest in the registries that it came from}. log: what it
+    writes; how_ended: how it ended, None while it runs.
     """
 
     url: str
@@ -70,6 +72,22 @@ class Server:
     environment: dict[str, str]
     startup_seconds: float
     container: dict[str, Any] | None = None
+    log: Path | None = None
+    how_ended: Callable[[], str | None] = lambda: None
+
+
+def trouble(server: Server) -> str | None:
+    """What became of an engine that did not answer: how it ended, and the first real error in its log; None if it runs
+    and its log has none. An engine whose parts fail ends a little later: that is waited for."""
+    end = time.monotonic() + END_SECONDS
+    while (ended := server.how_ended()) is None and time.monotonic() < end and server.log is not None:
+        time.sleep(POLL_SECONDS)
+    if server.log is None:
+        return None if ended is None else f"the engine {ended}"
+    if ended is not None:
+        return f"the engine {ended}: {engine_log.told(server.log)} ({server.log})"
+    error = engine_log.first_error(engine_log.read(server.log))
+    return None if error is None else f"{server.log}: {error}"
 
 
 @contextlib.contextmanager
@@ -88,7 +106,7 @@ def serve(
     default the directory's own, where the engine can be told. A `port` of 0 is a free one. The engine sees no
     network, an empty Hugging Face home and no credentials. Call it from the main thread: the parent-death signal is
     bound to the thread that starts the engine. Raises RequantError if the port is taken or the program is not
-    installed, and, with the log's last lines and path, if the engine ends or does not answer its health check in
+    installed, and, with the log's first error and path, if the engine ends or does not answer its health check in
     the target's `startup_seconds`.
     """
     target = target or Target()
@@ -106,12 +124,7 @@ def serve(
         _engine([program, *command[1:]], model.parent, _child_environment(environment, Path(home)), log) as process,
     ):
         started = time.monotonic()
-        url = wait_until_healthy(
-            lambda: _url(port, log),
-            lambda: None if process.poll() is None else f"ended with status {process.returncode}",
-            log,
-            target.startup_seconds,
-        )
+        url = wait_until_healthy(lambda: _url(port, log), lambda: _how_ended(process), log, target.startup_seconds)
         seconds = time.monotonic() - started
         yield Server(
             url=url,
@@ -122,7 +135,23 @@ def serve(
             command=shown_command(target, name, quantization, LOOPBACK),
             environment=environment,
             startup_seconds=seconds,
+            log=log,
+            how_ended=lambda: _how_ended(process),
         )
+
+
+def _how_ended(process: subprocess.Popen) -> str | None:
+    """None while it runs."""
+    status = process.poll()
+    if status is None:
+        return None
+    return f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
+
+
+def _signal_name(number: int) -> str:
+    """SIGKILL is what the kernel sends where memory runs out."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (as where memory runs out)" if name == "SIGKILL" else name
 
 
 def engine_environment(target: Target, threads: int) -> dict[str, str]:
@@ -276,7 +305,7 @@ def wait_until_healthy(
     """The engine's base URL, once its health check answers 200.
 
     find_url: the URL as soon as it is known. how_ended: how the engine ended, None while it runs. Raises RequantError
-    with the log's last lines if it ends, or does not answer in `seconds`.
+    with the first real error in the log, else its last lines, if it ends, or does not answer in `seconds`.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -284,15 +313,18 @@ def wait_until_healthy(
         healthy = url is not None and _status(f"{url}/health") == 200
         if (ended := how_ended()) is not None:  # asked last: what answers may be another engine on the same port
             raise RequantError(
-                f"{log}: the engine {ended} before it served: {last_lines(log)}; expected an answer to /health; the "
-                "log has the rest"
+                f"{log}: the engine {ended} before it served: {engine_log.told(log)}; expected an answer to /health; "
+                "the log has the rest"
             )
         if healthy:
             return url
         time.sleep(POLL_SECONDS)
+    text = engine_log.read(log)
+    error = engine_log.first_error(text)
+    doing = f"its log has {error}" if error else f"its log ends with {engine_log.last_lines(text, 1)}"
     raise RequantError(
-        f"{log}: no answer to /health after {seconds:g} s: {last_lines(log)}; expected 200; "
-        "raise `startup_seconds` of the target if the engine was only slow"
+        f"{log}: no answer to /health after {seconds:g} s: {doing}; expected 200: if the engine was only slow (a first "
+        "start reads the weights from disk and compiles kernels), raise `startup_seconds` of the target"
     )
 
 
@@ -306,9 +338,3 @@ def _status(url: str) -> int | None:
         return error.code
     except (OSError, http.client.HTTPException):
         return None
-
-
-def last_lines(log: Path) -> str:
-    """The last lines that say something, on one line."""
-    lines = [plain(line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return " | ".join(lines[-LAST_LINES:]) if lines else "it wrote nothing"

@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 
     from requant.packed import PackedCheckpoint
 
+LONG_PROMPTS = 8  # at most: an answer may end after a token
+
 
 @dataclass
 class Texts:
-    """What the engine is shown. rows: the reference text; words: the vocabulary in several contexts, if it is shown;
-    labels: ids of the tokens whose log-probabilities are compared, where an engine gives those of labels alone."""
+    """What the engine is shown. long: prompts of which as many are asked as it takes; rows: the reference text; words:
+    the vocabulary in several contexts, if it is shown; labels: ids of the tokens whose log-probabilities are compared,
+    where an engine gives those of labels alone."""
 
     prompts: list[str]
     speed_prompts: list[str]
-    long: str
+    long: list[str]
     too_long: str
     context: int
     rows: list[Row]
@@ -49,7 +52,7 @@ def choose_texts(
     texts = Texts(
         prompts=choose_prompts(tokenizer, heldout, settings.prompts, settings.prompt_tokens),
         speed_prompts=choose_prompts(tokenizer, heldout, max(speed.concurrency) * speed.repeats, speed.prompt_tokens),
-        long=_long_text(tokenizer, heldout, min(settings.long_prompt_tokens, room)),
+        long=_long_texts(tokenizer, heldout, min(settings.long_prompt_tokens, room)),
         too_long=_overlong_text(tokenizer, heldout, context),
         context=context,
         rows=[],
@@ -65,12 +68,15 @@ def choose_texts(
     return texts
 
 
-def _long_text(tokenizer: Any, heldout: "torch.Tensor", length: int) -> str:
-    """Held-out text of `length` tokens at most, read anew by the tokenizer."""
-    ids = _repeated(heldout, length)
-    while len(ids) > 1 and _count(tokenizer, _text(tokenizer, ids)) > length:
-        ids = ids[: len(ids) * 19 // 20]
-    return _text(tokenizer, ids)
+def _long_texts(tokenizer: Any, heldout: "torch.Tensor", length: int) -> list[str]:
+    """LONG_PROMPTS held-out texts of `length` tokens at most, read anew by the tokenizer; each begins elsewhere."""
+    texts = []
+    for number in range(LONG_PROMPTS):
+        ids = _repeated(heldout, length, number * length)
+        while len(ids) > 1 and _count(tokenizer, _text(tokenizer, ids)) > length:
+            ids = ids[: len(ids) * 19 // 20]
+        texts.append(_text(tokenizer, ids))
+    return list(dict.fromkeys(texts))
 
 
 def _overlong_text(tokenizer: Any, heldout: "torch.Tensor", context: int) -> str:
@@ -81,10 +87,11 @@ def _overlong_text(tokenizer: Any, heldout: "torch.Tensor", context: int) -> str
     return _text(tokenizer, ids)
 
 
-def _repeated(heldout: "torch.Tensor", length: int) -> list[int]:
-    """The first `length` held-out tokens, from the beginning again where there are fewer."""
+def _repeated(heldout: "torch.Tensor", length: int, start: int = 0) -> list[int]:
+    """`length` held-out tokens from number `start` on, from the beginning again where there are fewer."""
     ids = [token for token in heldout.flatten().tolist() if token >= 0]
-    return (ids * (length // len(ids) + 1))[:length]
+    start %= len(ids)
+    return (ids[start:] + ids * (length // len(ids) + 1))[:length]
 
 
 def _count(tokenizer: Any, text: str) -> int:

@@ -30,11 +30,12 @@ class StreamedModel:
         checkpoint: Checkpoint,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
-        quantize_activations: bool = False,
+        quantize_activations: bool | str = False,
     ):
         """dtype: of all arithmetic. In float32 the same BF16 weights are run with next to no rounding.
 
-        quantize_activations: what `stream` and `logits_of` do with the inputs of quantized Linears if they aren't told.
+        quantize_activations: what `stream` and `logits_of` do with the inputs of quantized Linears if they aren't told;
+        "experts" and "others" round those of routed experts alone, or of all but those.
         """
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.quantize_activations = quantize_activations
@@ -49,11 +50,12 @@ class StreamedModel:
             if block is not None:
                 self._names.setdefault(block, []).append(name)
 
-    def block(self, index: int, quantize_activations: bool = False) -> nn.Module:
+    def block(self, index: int, quantize_activations: bool | str = False) -> nn.Module:
         """Block `index`, filled and ready to run.
 
-        With `quantize_activations` (packed releases only) the inputs of quantized Linears are rounded as the
-        release's scheme says. Raises RequantError naming the tensors that the block lacks or has too many.
+        With `quantize_activations` (packed releases only) the inputs of quantized Linears, all or those that it names,
+        are rounded as the release's scheme says. Raises RequantError naming the tensors that the block lacks or has too
+        many.
         """
         prefix = f"model.layers.{index}."
         tensors = self.checkpoint.read(self._names.get(index, []), self.device)
@@ -63,7 +65,7 @@ class StreamedModel:
             f"{self.checkpoint.directory}: block {index}",
         )
         if quantize_activations:
-            self.checkpoint.round_activations(block, prefix)
+            self.checkpoint.round_activations(block, prefix, quantize_activations)
         return self.placed(block)
 
     def as_released(
@@ -123,7 +125,7 @@ class StreamedModel:
         return logits
 
     def stream(
-        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | str | None = None, skip_block: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Hidden states after the embedding and after each block; a skipped block hands its input on."""
         if quantize_activations is None:
@@ -136,7 +138,7 @@ class StreamedModel:
             yield hidden
 
     def logits_of(
-        self, tokens: torch.Tensor, quantize_activations: bool | None = None, skip_block: int | None = None
+        self, tokens: torch.Tensor, quantize_activations: bool | str | None = None, skip_block: int | None = None
     ) -> torch.Tensor:
         """tokens int [n, T] -> float32 logits [n, T, vocabulary]."""
         *_, hidden = self.stream(tokens, quantize_activations, skip_block)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from requant import arithmetic
 from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_drafting
 from requant.config import Target
 from requant.docker_host import SOCKET, docker_host
@@ -25,11 +26,6 @@ from requant.view import ROUTER_TENSOR, routed_experts
 from requant.wording import gb
 
 CACHE_BYTES = {None: 2, "bf16": 2, "fp8_e4m3": 1}  # of one cached value
-# The first architecture with FP4 matrix products. Before it sglang refuses NVFP4 with 4-bit activations, and vLLM
-# leaves activations in 16 bit, which is another model than the one that was evaluated.
-FIRST_FP4_ARCHITECTURE = 100
-# Widths of compressed-tensors `pack-quantized` weights that vLLM and sglang have kernels for.
-INTEGER_BITS = (4, 8)
 # The first versions of engines that know a family, where engines came to know it late; by `model_type`.
 FIRST_VERSIONS = {
     "vllm": {"deepseek_v3": (0, 6, 6), "deepseek_v32": (0, 11, 0)},
@@ -58,14 +54,13 @@ def unsupported(scheme: Scheme, target: Target) -> str | None:
         )
     if not scheme.quantizes:
         return None
-    if scheme.is_nvfp4 and int(target.gpu.removeprefix("sm")) < FIRST_FP4_ARCHITECTURE:
-        return (
-            f"{target.engine} serves {scheme.name} (4-bit activations) on sm{FIRST_FP4_ARCHITECTURE} or later, "
-            f"found gpu: {target.gpu}"
-        )
-    if not scheme.is_nvfp4 and scheme.weight_bits not in INTEGER_BITS:
-        return f"{target.engine} serves integers of {' and '.join(map(str, INTEGER_BITS))} bits, found {scheme.name}"
-    return None
+    known = arithmetic.fact(target.engine, scheme, target.gpu)
+    if known is None:
+        return f"nothing is known of {target.engine} with {scheme.name} on {target.gpu}"
+    if known.does != arithmetic.REFUSED:
+        return None
+    said = f": {known.said}" if known.said else ""
+    return f"{known.engine} {known.version} refuses {scheme.name} on {target.gpu} ({known.basis}{said})"
 
 
 def check_scheme(release: str, scheme: Scheme, name: str, target: Target) -> None:

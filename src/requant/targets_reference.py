@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from requant.arithmetic import FACTS, Fact, in_words, planned
 from requant.config import Target
 from requant.container import container_request
 from requant.engine_arguments import FAMILIES, FAMILIES_OF, FLAGS, NO_SWITCHES, VARIABLES, VARIABLES_OF
@@ -50,6 +51,17 @@ Planning, `snakemake -n` too, ends with one line if
 A build that serves ends with one line too if no Docker engine or no GPU is on this machine; a dry run warns, and a
 cluster's head node is not asked. Everything that comes before the card can be built without them:
 `snakemake --cores all results/NAME/verify.json results/NAME/evaluate.json results/NAME/benchmark.json`.
+
+## What engines compute with
+
+NVFP4 rounds activations to 4 bits too, for which GPUs have products from sm100 on. An engine on an older one refuses
+the format, or has the weights alone in it and leaves activations in BF16. That is a right model, but another one than
+the one that was evaluated: the smoke test holds it against requant's own chain without rounded activations, and
+`deploy.json` and the card say so.
+
+{facts}
+
+What an engine's own log says of its kernels is believed before this table.
 
 ## Serving by hand
 
@@ -113,6 +125,7 @@ def index(targets: dict[str, Target]) -> str:
     pinning = "\n".join(f"- `{image}`" for image in images)
     return INDEX.format(
         table=table,
+        facts=_facts(),
         pinning=pinning,
         flags="\n\n".join(f"**{engine}**\n\n{_flags(engine)}" for engine in FLAGS),
         closed=", ".join(f"`{part}`" for part in re.findall(r"[A-Z]+(?:_[A-Z]+)*", NO_SWITCHES.pattern)),
@@ -185,7 +198,24 @@ def _verdict(name: str, target: Target) -> str:
         return f"no: {reason}"
     if SCHEMES[name].quantizes and not holds_packed(target):
         return "decoded to BF16 first" if SCHEMES[name].is_nvfp4 else "unpacked to BF16 by transformers"
+    if SCHEMES[name].quantizes_activations:
+        return f"yes: {in_words(planned(SCHEMES[name], target, decoded=False))}"
     return "yes"
+
+
+def _facts() -> str:
+    """The table of what engines compute with."""
+    said = {it: f": `{it.said}`" if it.said else "" for it in FACTS}
+    rows = [
+        f"| {it.engine} {it.version} | {it.scheme} | {_gpus(it)} | {it.does} | {it.basis}{said[it]} |" for it in FACTS
+    ]
+    return "\n".join(["| engine | scheme | GPUs | | rests on |", "|---|---|---|---|---|", *rows])
+
+
+def _gpus(fact: Fact) -> str:
+    if fact.last is None:
+        return f"sm{fact.first} and later" if fact.first else "all"
+    return f"sm{fact.first} to sm{fact.last}" if fact.first else f"before sm{fact.last + 1}"
 
 
 def _command(target: Target) -> str:

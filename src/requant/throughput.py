@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from requant.config import Throughput
-from requant.engine_client import client_of
+from requant.engine_client import client_of, unanswered
 from requant.errors import RequantError
 from requant.jobs import progress
 from requant.records import Spread, ThroughputLevel
@@ -52,10 +52,7 @@ def measure(
                 for count in sorted(set(settings.concurrency))
             ]
     except OpenAIError as error:
-        raise RequantError(
-            f"{release}: throughput: {type(error).__name__}: {error}; expected an answer within {seconds:g} s: see the "
-            "engine's log, or raise the target's `request_seconds`"
-        ) from error
+        raise RequantError(f"{release}: throughput: {unanswered(error, server, seconds)}") from error
 
 
 def _level(

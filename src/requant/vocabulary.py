@@ -8,7 +8,7 @@ Rounding may disturb a token once, but not in all its contexts; an exchanged tok
 import random
 from typing import TYPE_CHECKING, Any
 
-from requant.distances import Row
+from requant.distances import Reading, Row
 from requant.errors import RequantError, brief
 
 if TYPE_CHECKING:
@@ -58,8 +58,14 @@ def nearest(rows: list[Row], distances: list["torch.Tensor"]) -> dict[int, float
     return found
 
 
+def limits_of(read: Reading, factor: float) -> dict[int, float]:
+    """By token how far it may be off, given the largest `nearest` of any other rounding of the chain."""
+    noise = [nearest(read.rows, part) for part in read.noise]
+    return limits({token: max(part[token] for part in noise) for token in noise[0]}, factor)
+
+
 def limits(noise: dict[int, float], factor: float) -> dict[int, float]:
-    """By token how far it may be off, given what rounding does: `nearest` of the chain without rounding.
+    """By token how far it may be off, given what rounding does to it.
 
     A token that lies between two experts by itself is sent to either in all its contexts. So each token has its own
     limit, and none a smaller one than nearly all of them have.

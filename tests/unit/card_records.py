@@ -407,7 +407,7 @@ def make_records(root: Path, release=NVFP4, scheme="NVFP4", model="alpha", dense
             "control": "block 3 left out",
             "other_model_status": 400,
             "checks": [
-                {"name": "greedy", "verdict": "passed", "found": "0.992 of 127", "expected": "0.97"},
+                {"name": "greedy", "verdict": "passed", "found": "0.992 of 127", "expected": "0.97", "samples": 127},
                 {"name": "stop_sequences", "verdict": "not applicable", "reason": "no answer to stop"},
             ],
             "verdict": "passed",

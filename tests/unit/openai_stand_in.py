@@ -8,6 +8,7 @@ import contextlib
 import json
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +27,15 @@ NAME = "the-release"
 
 class Engine:
     """faults: any of any_name, ignores_stop, one_piece, loops, garbles, crashes, cuts_prompts, mixes, no_logprobs and
-    bad_whole."""
+    bad_whole. No faults: "splits", each Linear adds up its inputs in two halves, another right rounding;
+    "names_by_text", tokens are not named by their ids."""
 
     def __init__(self, folder: Path, faults: frozenset[str], context: int):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.faults, self.context, self.lock, self.busy = faults, context, threading.Lock(), 0
+        if "splits" in faults:
+            split(self.model)
 
     def ids(self, prompt: str | list[int]) -> list[int]:
         found = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
@@ -63,16 +67,31 @@ class Engine:
         return [text[:-1] + "\ufffd" if text else "" for text in texts] if "garbles" in self.faults else texts
 
     @torch.no_grad()
-    def log_probabilities(self, ids: list[int], top: int) -> dict[str, list]:
-        """Of the prompt and of one token more, as vLLM gives them: the largest by the texts of their tokens."""
+    def log_probabilities(self, ids: list[int], top: int, by_id: bool) -> dict[str, list]:
+        """Of the prompt and of one token more: the largest by the ids of their tokens, or, as sglang, their texts."""
         with self.lock:
             scores = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         tokens = [*ids[1:], int(scores[-1].argmax())]
         best, candidates = (part.tolist() for part in scores.topk(top))
-        texts = [[self.tokenizer.decode([token]) for token in row] for row in candidates]
+        name = "token_id:{}".format if by_id else lambda token: self.tokenizer.decode([token])
+        texts = [list(map(name, row)) for row in candidates]
         largest = [dict(zip(names, values, strict=True)) for names, values in zip(texts, best, strict=True)]
         own = scores.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
         return {"token_logprobs": [None, *own], "top_logprobs": [None, *largest]}
+
+
+def split(model: torch.nn.Module) -> torch.nn.Module:
+    """Lets each Linear of `model` add up its inputs in two halves, each of them rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        half, linear = self.weight.shape[1] // 2, torch.nn.functional.linear
+        parts = linear(x[..., :half], self.weight[:, :half]) + linear(x[..., half:], self.weight[:, half:])
+        return parts if self.bias is None else parts + self.bias
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = types.MethodType(forward, module)
+    return model
 
 
 def app_of(engine: Engine) -> FastAPI:
@@ -93,7 +112,8 @@ def app_of(engine: Engine) -> FastAPI:
         check_name(body["model"])
         ids = engine.ids(body["prompt"])
         if body.get("echo"):
-            found = None if "no_logprobs" in engine.faults else engine.log_probabilities(ids, body["logprobs"])
+            by_id = bool(body.get("return_tokens_as_token_ids")) and "names_by_text" not in engine.faults
+            found = None if "no_logprobs" in engine.faults else engine.log_probabilities(ids, body["logprobs"], by_id)
             return JSONResponse(answer([choice("", "length", found)]))
         written = engine.written(ids, body["max_tokens"], not body.get("ignore_eos"))
         texts = engine.pieces(written)

@@ -468,8 +468,35 @@ def test_a_served_command_reads_back_as_it_was_run(root):
 
 def test_each_check_of_the_smoke_test_has_its_verdict(root):
     text = section(release_text(root), "Serving")
-    assert row(text, "greedy") == ["passed", "0.992 of 127", "0.97"]
-    assert row(text, "stop sequences") == ["not applicable", "no answer to stop"]
+    assert row(text, "greedy") == ["passed", "127", "0.992 of 127", "0.97"]
+    assert row(text, "stop sequences") == ["not applicable", "—", "no answer to stop"]
+
+
+def test_the_card_says_what_the_engine_computed_with(root):
+    path = f"results/{NVFP4}/deploy.json"
+    assert "Computed with" not in release_text(root), "a record that does not say"
+    unlike = "the engine leaves activations in BF16"
+    arithmetic = {"rounds": "none", "known_from": "the engine's log: Marlin in Linears", "unlike_evaluated": unlike}
+    change(root, path, put("arithmetic", arithmetic))
+    text = section(release_text(root), "Serving")
+    assert row(text, "Computed with") == ["weights alone, activations in BF16"]
+    assert row(text, "&nbsp;&nbsp;known from") == ["the engine's log: Marlin in Linears"]
+    assert f"**Served with another arithmetic than evaluated**: {unlike}." in text
+    change(root, path, put("arithmetic", {"rounds": "all", "known_from": "its documentation"}))
+    text = section(release_text(root), "Serving")
+    assert row(text, "Computed with") == ["activations rounded as the format says"]
+    assert "another arithmetic" not in text
+
+
+def test_the_card_says_how_much_chance_explains(root):
+    path = f"results/{NVFP4}/deploy.json"
+    change(root, path, put("agreement_least", 0.9134))
+    change(root, path, put("differing", 0.0071))
+    change(root, path, put("control", None))
+    text = section(release_text(root), "Serving")
+    assert row(text, "&nbsp;&nbsp;what chance explains of so few") == ["91.3%"]
+    assert row(text, "&nbsp;&nbsp;two right roundings differ, at most") == ["0.7%"]
+    assert row(text, "&nbsp;&nbsp;what it lacks") == ["no control differs"]
 
 
 def test_a_container_is_shown_as_the_command_that_starts_it(root):

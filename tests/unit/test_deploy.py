@@ -22,16 +22,17 @@ from requant.engine_client import ask_all
 from requant.errors import RequantError
 from requant.hashing import file_entry
 from requant.packed import PackedCheckpoint, write_decoded
+from requant.questions import ask_everything
 from requant.records import DeployRecord, ThroughputRecord, read_json, write_json
 from requant.reference_text import RECORDED, first_rows
-from requant.replay import Served, agreement_of, choose_control, replay
+from requant.replay import Served, agreement_of, find_control, replay
 from requant.safetensors_io import save
-from requant.smoke_texts import choose_prompts
+from requant.smoke_texts import Texts, choose_prompts
 from requant.streamed import StreamedModel
 
 # A stand-in for the engine where only starting and stopping is tested: it takes the same arguments.
 ENGINE = f"""#!{sys.executable}
-import http.server, signal, sys
+import http.server, os, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN if BEHAVIOUR == "stubborn" else signal.SIG_DFL)
 if BEHAVIOUR == "dies":
     sys.exit("OSError: config.json has no model_type")
@@ -39,6 +40,16 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(503 if BEHAVIOUR == "sick" else 200)
         self.end_headers()
+    def do_POST(self):
+        if BEHAVIOUR == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("(EngineCore pid=9) ERROR 11-30 12:00:00 [core.py:1] Traceback (most recent call last):")
+        print("(EngineCore pid=9) ERROR 11-30 12:00:00 [core.py:1]   File \\"core.py\\", line 1, in step")
+        print("(EngineCore pid=9) ERROR 11-30 12:00:00 [core.py:1] ValueError: a head of 96 is not supported")
+        print("(APIServer pid=1) RuntimeError: EngineCore encountered an issue. See stack trace.", flush=True)
+        if BEHAVIOUR == "crashes":
+            os._exit(1)
+        self.send_error(500)
 server = http.server.HTTPServer(("127.0.0.1", 0), Answers)
 print(f"INFO: Uvicorn running on http://127.0.0.1:{{server.server_port}} (Press CTRL+C to quit)", flush=True)
 server.serve_forever()
@@ -191,12 +202,44 @@ def test_one_doubled_global_scale_is_found(tmp_path, served, packed, tensor):
     assert agreement_of(replayed(served, tmp_path)) < Deploy().agreement
 
 
+@pytest.mark.parametrize(
+    ("chosen", "agrees", "unread"),
+    [
+        ("t byte a b", [True, True, True, True], False),
+        ("t b a b", [True, False, True], False),  # the byte may be any, so what follows from it is not known
+        ("t b b b", [True, False, False], False),
+        ("a byte a b", [False, True, True, True], False),
+    ],
+)
+def test_nothing_is_said_of_what_follows_from_bytes_that_nobody_knows(chosen, agrees, unread):
+    """An answer of t, a byte that is no character, a, b; `chosen` is what the chain likes best at each place."""
+    tokenizer = tiny.tiny_tokenizer()
+    ids = {letter: tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "tab"}
+    backend = tokenizer.backend_tokenizer
+    ids["byte"] = next(id for id in range(len(tokenizer)) if backend.decode([id]) == "\ufffd")
+
+    class Scripted:
+        def logits_of(self, tokens, skip_block=None):
+            logits = torch.zeros(*tokens.shape, len(tokenizer))
+            for place, name in enumerate(chosen.split()):
+                if 1 + place < tokens.shape[1] + 1:
+                    logits[:, place, ids[name]] = 10
+            return logits
+
+    answer = Served("p", [5], ["t", "t", "t\ufffda", "t\ufffdab"])
+    replay(Scripted(), tokenizer, [answer])
+    assert (answer.agrees, answer.unread, answer.sure) == (agrees, unread, 3)
+    foreign = Served("p", [5], ["t", "t\ufffd!!", "t\ufffd!!?"])
+    replay(Scripted(), tokenizer, [foreign])
+    assert foreign.unread and foreign.agrees[-1:] == [False] and not smoke.own_choice(foreign, 0.5)
+
+
 def test_another_checkpoint_is_found_and_named(tmp_path, served):
     other = tiny.make_packed(tiny.make_source(tmp_path / "source", seed=1), tmp_path / "packed")
     answers = replayed(served, other)
     agreement = agreement_of(answers)
     assert agreement < 0.5
-    check, _, _ = smoke.greedy(answers, 0.97, lambda: pytest.fail("no control is asked for"))
+    check, _, _ = smoke.greedy(answers, smoke.Allowed(0.97), lambda most: pytest.fail("no control is asked for"))
     assert check.verdict == "failed" and f"{agreement:.3f}" in check.found and "0.97" in check.expected
 
 
@@ -211,17 +254,24 @@ def test_a_packed_file_changed_after_packing_is_named(tmp_path, packed):
         served_copy.check_files(tmp_path, files)
 
 
-def test_a_test_that_cannot_tell_says_that_it_is_blind(served, packed):
+def test_a_control_that_fits_each_time_is_none(served, packed):
     class Deaf:
         """A chain that says the same whichever block is left out."""
 
-        blocks = 3
+        def __init__(self, blocks: int):
+            self.blocks, self.skipped = blocks, []
 
         def logits_of(self, tokens, skip_block=None):
+            self.skipped.append(skip_block)
             return StreamedModel(PackedCheckpoint(packed)).logits_of(tokens)
 
-    with pytest.raises(RequantError, match="the test is blind"):
-        choose_control("tiny", Deaf(), replayed(served, packed), 0.97)
+    deaf, answers = Deaf(3), replayed(served, packed)
+    assert find_control("tiny", deaf, answers, 4) == (None, 1.0) and sorted(deaf.skipped) == [0, 1, 2]
+    deep = Deaf(61)
+    assert find_control("tiny", deep, answers, 4)[0] is None
+    assert deep.skipped == [30, 0, 60, 29, 31, 28], "each is a pass through the whole model"
+    lacks, agreement = find_control("tiny", StreamedModel(PackedCheckpoint(packed)), answers, 4)
+    assert lacks == "without block 1" and agreement < 0.9
 
 
 def test_prompts_come_back_as_the_tokens_they_were():
@@ -265,6 +315,7 @@ def test_an_engine_that_cannot_load_is_one_line_with_its_reason(tmp_path):
     message = str(raised.value)
     assert str(tmp_path / "log") in message and "\n" not in message
     assert "config.json" in message or "nothing" in message.split("served:")[1]
+    assert " | " not in message, "its error, not its last lines"
 
 
 def test_an_engine_that_dies_at_once_is_one_line_with_its_last_word(tmp_path, stand_in):
@@ -286,6 +337,39 @@ def test_an_engine_that_never_gets_healthy_is_stopped(tmp_path, stand_in):
     assert "startup_seconds" in str(raised.value) and "\n" not in str(raised.value)
     for url in re.findall(r"http://127\.0\.0\.1:\d+", (tmp_path / "log").read_text()):
         assert port_is_free(url)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "became"),
+    [
+        ("crashes", "the engine ended with status 1: ValueError: a head of 96 is not supported ({log})"),
+        ("fails", "{log}: ValueError: a head of 96 is not supported"),
+        ("killed", "the engine was ended by SIGKILL (as where memory runs out): INFO: Uvicorn running on "),
+    ],
+)
+def test_an_engine_that_fails_while_it_is_asked_is_told_by_its_own_error(
+    tmp_path, stand_in, monkeypatch, behaviour, became
+):
+    stand_in(behaviour)
+    monkeypatch.setattr(serving, "END_SECONDS", 1.0 if behaviour == "fails" else 60.0)
+    tokenizer, log = tiny.tiny_tokenizer(), tmp_path / "log"
+    with serving.serve(tmp_path, log) as server:
+        assert server.how_ended() is None
+        with pytest.raises(RequantError) as raised:
+            ask_all("tiny", server, tokenizer, ["the cat"], 4, 30)
+    assert became.format(log=log) in str(raised.value) and "\n" not in str(raised.value)
+    with serving.serve(tmp_path, log) as server:
+        texts = Texts(
+            prompts=["the cat"], speed_prompts=["the cat"], long=["the cat"], too_long="a b", context=2, rows=[]
+        )
+        settings = Deploy(throughput=Throughput(concurrency=[1], repeats=1))
+        asked = ask_everything("tiny", server, tokenizer, texts, settings, Target())
+    assert became.format(log=log) in asked.engine_error
+    line = smoke.failure_line(
+        "tiny", [smoke.failed(smoke.GARBLE, "Connection error.", "an answer")], asked.engine_error
+    )
+    assert line.endswith(f"; {asked.engine_error}")
+    assert became.format(log=log) in str(asked.levels_error)
 
 
 @pytest.mark.parametrize("behaviour", ["healthy", "stubborn"])

@@ -75,10 +75,12 @@ def test_weights_that_an_engine_would_get_wrong_are_decoded_first(packed, capsys
 
 
 def test_what_can_not_be_served_is_one_line(packed, source, capsys, tmp_path):
-    said = refused(capsys, packed, "--target", "sm90-vllm", "--dry-run")
+    hopper = tmp_path / "hopper.yaml"
+    hopper.write_text("targets: {hopper: {like: sm100-sglang, gpu: sm90}}\n")
+    said = refused(capsys, packed, "--target", "hopper", "--configfile", hopper, "--dry-run")
     assert said == (
-        f"error: {packed}: can't be served at target 'sm90-vllm': vllm serves NVFP4 (4-bit activations) on sm100 or "
-        "later, found gpu: sm90; expected another target"
+        f"error: {packed}: can't be served at target 'hopper': sglang 0.5.16 refuses NVFP4 on sm90 (run on an H200, "
+        "sm90: Current platform does not support w4a4 nvfp4 quantization); expected another target"
     )
     said = refused(capsys, source, "--target", "sm91-vllm", "--dry-run")
     assert said.startswith("error: --target sm91-vllm: no such target; expected one of cpu-docker, cpu-transformers")

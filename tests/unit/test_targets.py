@@ -44,22 +44,25 @@ def gpu(engine: str, architecture: str, **keys) -> Target:
 # Scheme and family
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_nvfp4_needs_a_gpu_with_fp4_products(engine):
+def test_nvfp4_is_refused_where_its_engine_refuses_it():
     for architecture in ("sm80", "sm89", "sm90"):
         with pytest.raises(RequantError) as raised:
-            check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
+            check_scheme("r", SCHEMES["NVFP4"], "here", gpu("sglang", architecture))
         assert str(raised.value) == (
-            f"releases.r: scheme NVFP4 can't be served at target 'here': {engine} serves NVFP4 (4-bit activations) on "
-            f"sm100 or later, found gpu: {architecture}; expected another scheme, or another deploy.target"
+            f"releases.r: scheme NVFP4 can't be served at target 'here': sglang 0.5.16 refuses NVFP4 on {architecture} "
+            "(run on an H200, sm90: Current platform does not support w4a4 nvfp4 quantization); expected another "
+            "scheme, or another deploy.target"
         )
-    for architecture in ("sm100", "sm103", "sm120"):
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", architecture))
+    with pytest.raises(RequantError, match=r"vllm 0\.26\.0 refuses NVFP4 on sm70 \(its code: Marlin from sm75 on"):
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", "sm70"))
+    for engine, architecture in product(("vllm", "sglang"), ("sm100", "sm103", "sm120")):
         check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_integers_of_three_bits_have_no_kernels_there(engine):
-    with pytest.raises(RequantError, match=f"{engine} serves integers of 4 and 8 bits, found W3A16"):
+    with pytest.raises(RequantError, match=rf"{engine} [\d.]+ refuses W3A16 on sm90 \(run on an H200, sm90: "):
         check_scheme("r", SCHEMES["W3A16"], "here", gpu(engine, "sm90"))
     for name in ("W4A16", "W8A16"):
         check_scheme("r", SCHEMES[name], "here", gpu(engine, "sm90"))
@@ -142,6 +145,12 @@ def test_a_target_that_makes_no_sense_is_one_line(keys, line):
     with pytest.raises(RequantError) as raised:
         parse(data | {"targets": {"x": keys}})
     assert str(raised.value) == f"config: {line}"
+
+
+def test_an_engine_on_a_gpu_has_an_hour_to_start():
+    assert Target().startup_seconds == 180 and gpu("sglang", "sm90").startup_seconds == 3600
+    assert Target(device="cuda").startup_seconds == 3600
+    assert gpu("vllm", "sm90", startup_seconds=60).startup_seconds == 60
 
 
 # Memory

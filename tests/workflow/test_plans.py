@@ -122,7 +122,7 @@ def test_what_cannot_work_is_refused_before_a_job_starts(tmp_path):
 
     here = {"engine": "sglang", "device": "cuda", "gpu": "sm90"}
     change({"deploy": {"target": "here"}}, targets={"here": here})
-    assert "releases.r: scheme NVFP4 can't be served at target 'here': sglang serves NVFP4" in refused(build)
+    assert "releases.r: scheme NVFP4 can't be served at target 'here': sglang 0.5.16 refuses NVFP4" in refused(build)
     change({"deploy": {"target": "here"}}, targets={"here": here | {"gpu": "sm120"}})
     here["gpu"] = "sm120"
     short = "releases.r: does not fit target 'here': weights take "
