@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from requant import bucket, buildlock, inside, main, stored
 from requant.bucket import BucketModel
 from requant.bucketlock import make_bucket_lock
 from requant.download import bytes_to_come, obtain
-from requant.errors import RequantError
+from requant.errors import RequantError, brief
 from requant.locks import make_lock
 from requant.planning import check_bucket_model
 from requant.records import Lock
@@ -353,7 +354,8 @@ def test_a_manifest_that_leads_out_is_refused_before_anything_is_written(offered
     for files, links, said in LEADING_OUT:
         found = line(restore, Path(), offered(files, links), quiet)
         assert found.startswith(f"s3://{BUCKET}/e/{MANIFEST}: ")
-        assert said.replace("OUT", str(tmp_path / "outside")) in found, (files, links)
+        said = re.sub("'OUT([^']*)'", lambda link: brief(f"{tmp_path}/outside{link[1]}"), said)
+        assert said in found, (files, links)
         assert list(Path().iterdir()) == []
 
 

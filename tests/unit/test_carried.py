@@ -1,6 +1,7 @@
 """Files beside the weights go along with a release by their names: licences, templates and vocabularies, never code."""
 
 import os
+from pathlib import Path
 
 import pytest
 import tiny
@@ -99,23 +100,24 @@ def test_the_lock_of_the_embedded_model_is_still_that_of_its_files():
     assert make_lock("demo-moe", checkout() / "demo/model").files == lock.files
 
 
-def test_a_template_that_changed_since_its_check_is_found_by_the_job_that_reads_it(source, tmp_path):
+def test_a_template_that_changed_since_its_check_is_found_by_the_job_that_reads_it(source, tmp_path, monkeypatch):
     """Two files of one name, in the folder and beside it, each against its own record."""
+    monkeypatch.chdir(tmp_path)
     (source / "additional_chat_templates/chat_template.jinja").write_text("in the folder")
     (source / "chat_template.jinja").write_text("beside it")
     names = ["chat_template.jinja", "additional_chat_templates/chat_template.jinja"]
-    folder = tmp_path / "results/source/m/files"
+    folder = Path("results/source/m/files")
     for name in names:
         write_json(folder / f"{name}.json", checked_file(source, name, None))
     inputs = [str(source / name) for name in names]
     records = [str(folder / f"{name}.json") for name in names]
-    check_inputs(inputs + records)
-    check_inputs([*inputs, str(tmp_path / "results/source/m/source.json")])
+    check_inputs(inputs + records, str(source))
+    check_inputs([*inputs, "results/source/m/source.json"], str(source))
     for name, other in (names, reversed(names)):
         text = (source / name).read_text()
         (source / name).write_text((source / other).read_text())
-        with pytest.raises(RequantError, match=f"^{source / name}: sha256"):
-            check_inputs(inputs + records)
+        with pytest.raises(RequantError, match=f"^{source.name}/{name}: sha256"):
+            check_inputs(inputs + records, str(source))
         (source / name).write_text(text)
 
 

@@ -48,9 +48,9 @@ def served_damaged(monkeypatch):
 
     def install(done: damage.Damage) -> None:
         @contextlib.contextmanager
-        def serve(target, model, log, threads):
+        def serve(target, model, log, threads, linked=()):
             done(model)
-            with serve_at(target, model, log, threads) as server:
+            with serve_at(target, model, log, threads, linked=linked) as server:
                 yield server
 
         monkeypatch.setattr(deploy, "serve_at", serve)

@@ -95,6 +95,7 @@ def write(folder: Path, scheme: Scheme, width: int) -> None:
     for part, tensors, changes in (("source", source, {}), ("model", packed, written)):
         save(folder / part / "model.safetensors", tensors)
         (folder / part / "config.json").write_text(json.dumps(config(width) | changes))
+    (folder / "source/tokenizer.json").write_text("{}")
     save(folder / "blocks/0.safetensors", {name: t for name, t in source.items() if ".layers.0." in name})
     shape = (CALIBRATION.nsamples, CALIBRATION.seqlen)
     ones = torch.ones(shape, dtype=torch.uint8)

@@ -264,7 +264,7 @@ def built(into: Path) -> dict:
 EVIL = [
     ({"image": "evil/x:1"}, "image: evil/x:1"),
     ({"image": "requant-engine:cpu", "container": {"network": "host", "pull": "missing"}}, "container.network: host"),
-    ({"container": {"mounts": [{"source": "/", "target": "/host", "read_only": False}]}}, "mounts: /:/host:False"),
+    ({"container": {"mounts": [{"source": "mine", "target": "/host", "read_only": False}]}}, "mounts: mine:/host"),
     ({"container": {"capabilities": ["SYS_ADMIN"]}}, "container.capabilities: SYS_ADMIN"),
     ({"container": {"user": "0:0"}}, "container.user: 0:0"),
     ({"container": {"ipc": "host"}}, "container.ipc: host"),
@@ -273,7 +273,6 @@ EVIL = [
     ({"environment": {"PATH": "/tmp/evil"}}, "environment.PATH: /tmp/evil"),
     ({"environment": {"LD_PRELOAD": "/tmp/x.so"}}, "environment.LD_PRELOAD: /tmp/x.so"),
     ({"environment": {f"A{n}": "1" for n in range(40)}, "image": "evil/x"}, "image: evil/x, environment.A0: 1"),
-    ({"privileged": True}, "privileged: True"),
     ({"image": "evil\x1b[2K/x"}, "image: evil?[2K/x"),
 ]
 
@@ -296,6 +295,23 @@ def test_a_published_target_that_is_none_of_ones_own_is_shown_and_not_run(
     assert built(tmp_path / "named")["targets"] == {"cpu-docker": own}
     assert built(tmp_path / "named")["releases"]["alpha-nvfp4"]["deploy"]["target"] == "cpu-docker"
     assert commands[1][2] == "results/alpha-nvfp4/model/SHA256SUMS"
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"container": {"mounts": [{"source": "/", "target": "/host"}]}}, "mounts.0.source: '/' does not match"),
+        ({"privileged": True}, "config: targets.evil.privileged: unknown key"),
+    ],
+)
+def test_a_target_that_no_provenance_has_is_refused_whatever_is_asked_for(
+    keys, line, inputs, tmp_path, commands, capsys
+):
+    folder = whole(tmp_path, at_target(**keys))
+    for arguments in ((), ("--weights-only",), ("--target", "cpu-docker")):
+        assert run(folder, tmp_path / "new", *arguments) == 2
+        assert line in refusals(capsys)[-1]
+        assert not commands and not (tmp_path / "new").exists()
 
 
 def test_a_published_target_is_taken_if_ones_own_is_the_same(inputs, tmp_path, commands, capsys):
@@ -520,7 +536,7 @@ OF_TASKS, OF_TEXT = ("benchmarks", "default", "include_path"), ("calibrations", 
             without_hash(*OF_TEXT, value="results/../../x"),
             "sources.0.path: results/../../x: resolvedDependencies has no",
         ),
-        (without_hash("models", "alpha", "path", value="~/x"), "path: '~/x' does not match"),
+        (without_hash("models", "alpha", "path", value="~/x"), "models.alpha.path: '~/x' is not"),
         (
             without_hash("models", "alpha", "path", value="x/../../y"),
             "models.alpha.path: x/../../y: resolvedDependencies",

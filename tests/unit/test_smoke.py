@@ -63,7 +63,7 @@ def run(release, tmp_path, monkeypatch):
         """says: what the engine's log has; keys: of the target."""
 
         @contextlib.contextmanager
-        def serve(target, model, log, threads):
+        def serve(target, model, log, threads, linked=()):
             log.write_text(says)
             if target.weights != "decoded":  # as kernels that decode weights do
                 write_decoded(model, model.parent / "decoded")
@@ -196,7 +196,7 @@ def random_release(folder: Path) -> DemoRelease:
     tokens = torch.tensor(ids[:2048], dtype=torch.int32).view(32, 64)
     save(folder / "tokens.safetensors", {"heldout": tokens, "heldout_mask": torch.ones_like(tokens).byte()})
     files = {path.name: file_entry(path) for path in source.iterdir()}
-    counts = dict.fromkeys(PackRecord.model_fields, 0)
+    counts = dict.fromkeys((name for name, field in PackRecord.model_fields.items() if field.is_required()), 0)
     named = {"release": "demo", "model": "demo", "scheme": "BF16", "multi_token_prediction": "none", "files": files}
     write_json(folder / "pack.json", PackRecord(**counts | named | {"moe_blocks": 5}))
     text = first_rows(tokens, None, RECORDED)
@@ -211,7 +211,7 @@ def test_a_right_engine_of_a_random_model_passes(tmp_path, monkeypatch):
     """
 
     @contextlib.contextmanager
-    def serve(target, model, log, threads):
+    def serve(target, model, log, threads, linked=()):
         with stand_in.serve(model, frozenset({"splits", "names_by_text"}), target.context) as server:
             yield server
 
