@@ -66,7 +66,9 @@ def random_model(folder: Path, family: str, seed: int, deviation: float, changes
 
     torch.manual_seed(seed)
     settings = tiny.FAMILIES[family] | changes | {"initializer_range": deviation}
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[FAMILIES[family]](**settings), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[FAMILIES[family]](**settings), dtype=torch.bfloat16, trust_remote_code=False
+    )
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, save_original_format=True)
     tiny.write_tokenizer(folder)
@@ -87,7 +89,9 @@ def engines(folder: Path) -> Iterator[tuple[str, torch.nn.Module]]:
     from transformers import AutoModelForCausalLM
 
     def load(dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        ).eval()
 
     yield "bf16", load()
     yield "float32", load(torch.float32)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from requant import nvfp4
+from requant.architecture import fused_groups
 from requant.checkpoint import INDEX
 from requant.encoding import encode, plain_rounding, quantization_config
 from requant.hashing import file_entry
@@ -25,6 +26,7 @@ from requant.streamed import StreamedModel
 
 DEMO = Path(__file__).parents[2] / "demo"
 SEQLEN = 128
+QUANTIZED = re.compile(r"layers\..*_proj(_with_mqa)?\.weight$")
 
 
 def heldout(rows: int) -> torch.Tensor:
@@ -42,16 +44,25 @@ def heldout(rows: int) -> torch.Tensor:
 
 
 def pack_demo(scheme_name: str, directory: Path) -> Path:
-    """The demo in that scheme, every Linear of a block rounded to nearest; returns the directory."""
+    """The demo in that scheme, every Linear of a block rounded to nearest; returns the directory.
+
+    Linears whose products engines fuse have one global scale: vLLM takes the first one's for all of them.
+    """
     scheme, source = SCHEMES[scheme_name], DEMO / "model"
     directory.mkdir(parents=True)
+    tensors = {shard: load_file(shard) for shard in sorted(source.glob("*.safetensors"))}
+    weights = {name: tensor for stored in tensors.values() for name, tensor in stored.items() if QUANTIZED.search(name)}
+    scales: dict[str, torch.Tensor | None] = dict.fromkeys(weights)
+    if scheme.is_nvfp4:
+        for group in [*([name] for name in weights), *fused_groups(list(weights))]:
+            amax = torch.stack([weights[name].abs().amax() for name in group]).amax()
+            scales |= dict.fromkeys(group, nvfp4.global_scale(amax))
     shards: dict[str, str] = {}
-    for shard in sorted(source.glob("*.safetensors")):
+    for shard, kept in tensors.items():
         stored = {}
-        for name, tensor in load_file(shard).items():
-            if re.search(r"layers\..*_proj(_with_mqa)?\.weight$", name):
-                tensor_scale = nvfp4.global_scale(tensor.abs().amax()) if scheme.is_nvfp4 else None
-                rounded = plain_rounding(tensor, tensor_scale, scheme)
+        for name, tensor in kept.items():
+            if name in weights:
+                rounded = plain_rounding(tensor, scales[name], scheme)
                 stored |= encode(name.removesuffix(".weight"), rounded, torch.tensor([64.0]), scheme)
             else:
                 stored[name] = tensor

@@ -108,7 +108,7 @@ def test_source_scores_are_the_models_own(source, source_record):
 def test_a_release_is_scored_with_its_activations_rounded(folder, source, settings, source_record, monkeypatch):
     packed = PackedCheckpoint(tiny.make_packed(source, folder / "packed"))
     rounded = []
-    monkeypatch.setattr(PackedCheckpoint, "round_activations", lambda self, block, prefix: rounded.append(prefix))
+    monkeypatch.setattr(PackedCheckpoint, "round_activations", lambda self, block, prefix, _: rounded.append(prefix))
     out = folder / "release.json"
     record = benchmark.run_benchmark(
         "tiny-nvfp4", packed, "small", settings, folder / "tasks", 1, out, folder / "source.json"

@@ -389,9 +389,9 @@ def test_the_demo_answers_from_a_container_as_from_a_program(tmp_path, docker_ho
     assert str(port) not in json.dumps(request) and str(model) not in json.dumps(request)
 
 
-def test_an_engine_that_ends_is_one_line_with_its_status_and_last_lines(tmp_path, docker_host, stand_in, checkpoint):
+def test_an_engine_that_ends_is_one_line_with_its_status_and_first_error(tmp_path, docker_host, stand_in, checkpoint):
     message = refusal_of(stand_in("dies"), checkpoint, tmp_path / "log")
-    assert "status 3 before it served: loading | OSError: config.json has no model_type; " in message
+    assert "status 3 before it served: OSError: config.json has no model_type; " in message
     assert str(tmp_path / "log") in message and containers(docker_host) == []
 
 
@@ -401,11 +401,11 @@ def test_an_engine_that_needs_more_memory_than_it_may_have_is_named(tmp_path, do
     assert containers(docker_host) == []
 
 
-def test_an_engine_that_never_gets_healthy_is_stopped_and_its_last_lines_shown(
+def test_an_engine_that_never_gets_healthy_is_stopped_and_its_last_line_shown(
     tmp_path, docker_host, stand_in, checkpoint
 ):
     message = refusal_of(stand_in("loads", startup_seconds=3), checkpoint, tmp_path / "log")
-    assert "no answer to /health after 3 s: loading shard 1 of 9 | loading shard 2 of 9; " in message
+    assert "no answer to /health after 3 s: its log ends with loading shard 2 of 9; " in message
     assert "startup_seconds" in message and containers(docker_host) == []
 
 

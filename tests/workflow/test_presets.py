@@ -65,7 +65,7 @@ def scaled_down(presets: list[str], tasks: dict[str, str]) -> dict:
             here = {"engine": "transformers", "device": "cpu", "gpu": None, "devices": 1, "memory_gb": None}
             found["targets"][name] = here | {"like": "cpu-transformers", "context": None}
         for name in preset["releases"]:
-            asked = {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4, "throughput": BRIEF}
+            asked = {"prompts": 2, "prompt_tokens": 8, "max_tokens": 4, "throughput": BRIEF, "load_test_blocks": 0}
             found["releases"][name] = {"tuning": {"iters": 2, "batch_size": 4}, "deploy": asked}
     return found | {"device": "cpu", "build": [release for stem in presets for release in PRESETS[stem]["build"]]}
 
