@@ -521,7 +521,7 @@ class Limit(Section):
 
 
 # How long an engine on a GPU may take to answer unless its target says: kernels are compiled at a first start (sglang's
-# for minutes), a cold disk gives some hundred MB a second, and vLLM took 81 to 156 s for a tiny model on an H200.
+# for minutes), a cold disk gives some hundred MB a second, and vLLM took 81 to 185 s for a tiny model on an H200.
 GPU_STARTUP_SECONDS = 3600
 
 # Names of variables that hold credentials, and of those that only look so.
