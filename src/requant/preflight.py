@@ -17,7 +17,7 @@ from requant.architecture import (
 from requant.carried import TOKENIZERS, check_carried
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, Release
-from requant.config_json import check_declared
+from requant.config_json import PARTLY_ROTARY, check_declared
 from requant.errors import RequantError, brief
 from requant.key_types import check_types
 from requant.layout import check_layout
@@ -54,7 +54,7 @@ ROPE_KEYS = {
     "proportional": (),
 }
 
-AT_LEAST_ONE = ("head_dim", "num_key_value_heads", "decoder_sparse_step")
+AT_LEAST_ONE = ("head_dim", "num_key_value_heads", "decoder_sparse_step", "index_n_heads", "index_head_dim")
 
 # What of a router config.json need not say: transformers' own. Those with groups add up the two best of each.
 ROUTING = {
@@ -108,7 +108,8 @@ def check_numbers(where: str, config: dict[str, Any]) -> None:
     for key, largest in OPTIONAL_NUMBERS.items():
         value = config.get(key)
         least = 1 if key in AT_LEAST_ONE else 0
-        if value is not None and not (type(value) is int and least <= value <= largest):
+        null = value is None and (key not in config or key != "first_k_dense_replace")
+        if not null and not (type(value) is int and least <= value <= largest):
             raise RequantError(
                 f"{where}: config.json: {key}: {brief(value)}; expected a number from {least} to {largest}"
             )
@@ -156,6 +157,9 @@ def check_arithmetic(where: str, config: dict[str, Any]) -> None:
     epsilon = config.get("rms_norm_eps", 1e-6)
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
         raise RequantError(f"{where}: config.json: rms_norm_eps: {brief(epsilon)}; expected a number from 0 to 1")
+    spread = config.get("initializer_range", 0.0)  # of no use here, but the classes look at it
+    if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread <= 1:
+        raise RequantError(f"{where}: config.json: initializer_range: {brief(spread)}; expected a number from 0 to 1")
     window = config.get("sliding_window")
     if window is not None and not (type(window) is int and window >= 1):
         raise RequantError(
@@ -176,6 +180,16 @@ def check_arithmetic(where: str, config: dict[str, Any]) -> None:
             "(vocab_size), or null"
         )
     width = config.get("qk_rope_head_dim") or head_width(config)
+    if width % 2 and family(config) != PARTLY_ROTARY:
+        raise RequantError(
+            f"{where}: config.json: {'qk_rope_head_dim' if config.get('qk_rope_head_dim') else 'head_dim'}: {width}; "
+            "expected an even number: values are rotated in pairs"
+        )
+    if family(config) == "llama" and config["hidden_size"] % config["num_attention_heads"]:
+        raise RequantError(
+            f"{where}: config.json: num_attention_heads: {config['num_attention_heads']}; expected a number that "
+            f"hidden_size, {config['hidden_size']}, is a multiple of"
+        )
     for key in ("rope_parameters", "rope_scaling"):
         _check_rope(f"{where}: config.json: {key}", config.get(key), width)
     _check_positive(f"{where}: config.json: rope_theta", config.get("rope_theta", 10_000.0))
