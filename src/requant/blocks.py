@@ -9,6 +9,7 @@ from requant.architecture import family
 from requant.config_json import DROPPED
 from requant.dtypes import CORRECTION_BIAS
 from requant.errors import RequantError
+from requant.key_types import as_classes_take_it
 
 
 def model_config(config: dict[str, Any]):
@@ -17,7 +18,7 @@ def model_config(config: dict[str, Any]):
 
     model_type = family(config)
     plain = {key: value for key, value in config.items() if key not in DROPPED}
-    return CONFIG_MAPPING[model_type].from_dict(plain | {"model_type": model_type})
+    return CONFIG_MAPPING[model_type].from_dict(as_classes_take_it(plain) | {"model_type": model_type})
 
 
 def empty_model(config: dict[str, Any]) -> nn.Module:

@@ -32,6 +32,7 @@ WRITTEN = ("deepseek_v3", "deepseek_v32")  # families whose releases have these 
 EXPERT_COUNT = {"qwen3_moe": "num_experts", "mixtral": "num_local_experts"}
 # What rotary embeddings depend on: transformers 5 saves it under `rope_parameters`, earlier code reads these keys.
 ROTARY = ("rope_theta", "partial_rotary_factor")
+PARTLY_ROTARY = "glm4_moe"  # the family whose code rotates a part of a head's values
 
 
 def causal_class(config: dict[str, Any]) -> str:
@@ -78,6 +79,12 @@ def _check_rotary(where: str, config: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, dict):
             raise RequantError(f"{where}: config.json: {key}: {brief(value)}; expected keys and values, or no such key")
     found = {"": {key: config.get(key) for key in ROTARY}}
+    for part in (config, parameters or {}, scaling or {}):
+        factor = part.get("partial_rotary_factor")
+        whole = family(config) != PARTLY_ROTARY
+        if factor is not None and (_plain(factor) != 1.0 if whole else not _is_part(factor)):
+            expected = "1, as its code rotates all values, or no such key" if whole else "a number above 0, at most 1"
+            raise RequantError(f"{where}: config.json: partial_rotary_factor: {brief(factor)}; expected {expected}")
     found |= {"rope_parameters.": _named(parameters), "rope_scaling.": _named(scaling)}
     for key in dict.fromkeys(key for values in found.values() for key in values):
         said = {f"{place}{key}": values[key] for place, values in found.items() if values.get(key) is not None}
@@ -89,6 +96,10 @@ def _check_rotary(where: str, config: dict[str, Any]) -> None:
 def _named(rotary: dict[str, Any] | None) -> dict[str, Any]:
     """The parameters of a rotary embedding under the names of today."""
     return {"rope_type" if key == "type" else key: value for key, value in (rotary or {}).items()}
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _plain(value: Any) -> Any:

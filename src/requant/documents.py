@@ -17,7 +17,7 @@ from requant.errors import RequantError, brief
 from requant.untrusted import json_object, open_file
 
 # Suffixes, in any case. `.json` has to hold JSON lines too.
-OF_LINES = (".jsonl", ".ndjson", ".json")
+OF_LINES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".jl", ".ldjson")
 OF_TEXT = (".txt", ".text", ".md", "")
 READ = f"UTF-8 text: JSON lines ({', '.join(OF_LINES)}) or plain text ({', '.join(filter(None, OF_TEXT))}, no suffix)"
 SIGNATURES = {
@@ -65,8 +65,12 @@ def check_text(path: str | Path, field: str) -> None:
     whole = len(data) <= BEGINNING
     if _kind(Path(path), data[:BEGINNING], whole) == "lines":
         lines = _decoded(Path(path), data[:BEGINNING], whole).split("\n")
-        for _ in _from_lines(Path(path), lines if whole else lines[:-1], field):
-            pass
+        documents = [document for _, document in _from_lines(Path(path), lines if whole else lines[:-1], field)]
+        found = any(document.strip() for document in documents)
+    else:
+        found = bool(_decoded(Path(path), data[:BEGINNING], whole).strip())
+    if whole and not found:
+        raise RequantError(f"{path}: no text in it; expected documents")
 
 
 def remarks(documents: list[str]) -> list[str]:

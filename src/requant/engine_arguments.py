@@ -302,7 +302,7 @@ def problem_in(engine: str, arguments: Sequence[str]) -> str | None:
         if bool(given) != bool(takes.pattern):
             return f"{brief(word)}: {_shown(given)}; expected {takes.says}"
         for each in given:
-            if not re.fullmatch(takes.pattern, each, re.DOTALL) or not _is_object(flag, each):
+            if not re.fullmatch(takes.pattern, each, re.DOTALL | re.ASCII) or not _is_object(flag, each):
                 return f"{brief(flag)}: {brief(each)}; expected {takes.says}"
     return None
 
@@ -354,6 +354,7 @@ SWITCH = r"-?\d{1,18}(\.\d{1,9})?|[Tt]rue|[Ff]alse|TRUE|FALSE|[Oo]n|[Oo]ff|[Yy]e
 # No switches: an engine takes code, files or models from elsewhere by them, or opens itself to whoever asks.
 NO_SWITCHES = re.compile(
     r"INSECURE|PICKLE|DEV_MODE|LORA|MODELSCOPE|PLUGIN|EXTERNAL|_TEST_|SCRIPTED|REMOTE|TRUST|VISIBLE_DEVICES"
+    r"|WEIGHTS_ONLY|LIBRARIES|MANAGER|REDIRECT|TRACE|TARGET_DEVICE|^NCCL_NET$"
     r"|_(PATH|DIR|FOLDER|ROOT|FILE|HOME|PORT)(_|$)"
 )
 # Variables with values of another kind, and what these may be.
@@ -410,12 +411,12 @@ def wrong_variable(engine: str, name: str, value: str) -> str | None:
         return _unless(pattern, value)
     family = re.fullmatch(r"([A-Z]+)_[A-Z0-9_]+", name)
     if family and family[1] in (*FAMILIES, *FAMILIES_OF[engine]) and not NO_SWITCHES.search(name):
-        return None if re.fullmatch(SWITCH, value) else f"{brief(value)}; expected a number, true or false"
+        return None if re.fullmatch(SWITCH, value, re.ASCII) else f"{brief(value)}; expected a number, true or false"
     return f"not known as harmless; expected one of those that docs/targets.md lists for {engine}"
 
 
 def _unless(pattern: str, value: str) -> str | None:
-    return None if re.fullmatch(pattern, value) else f"{brief(value)}; expected as docs/targets.md says"
+    return None if re.fullmatch(pattern, value, re.ASCII) else f"{brief(value)}; expected as docs/targets.md says"
 
 
 # Variables that a program inherits from whoever starts it.

@@ -5,6 +5,7 @@ and to write, and lm-eval tasks, which can hold code. Where to serve and to run 
 the rest, data alone.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -208,7 +209,7 @@ def _why_code(key: str, value: Any, data: set[str], included: set[str], beside: 
         other = [name for name in value if name not in OF_DATASETS] if isinstance(value, Mapping) else [value]
         return f"dataset_kwargs: {brief(other[0])}: not of {', '.join(OF_DATASETS)}" if other else None
     if key == "data_files":
-        other = [name for name in _listed(value) if not isinstance(name, str) or name not in data]
+        other = [name for name in _listed(value) if not _is_place(name) or name not in data]
         return f"data_files: {brief(other[0])}: not in resolvedDependencies" if other else None
     if key == "include":
         other = [name for name in _listed(value) if str(beside / str(name)) not in included]
@@ -216,6 +217,11 @@ def _why_code(key: str, value: Any, data: set[str], included: set[str], beside: 
     if key == "metric" and (not isinstance(value, str) or value not in _metrics()):
         return f"metric: {brief(value)}: not one of lm-eval's own"
     return None
+
+
+def _is_place(name: Any) -> bool:
+    """Whether a name is that of one file below a folder: no address, and no pattern of names."""
+    return isinstance(name, str) and str(PurePosixPath(name)) == name and not re.search(r"://|:/|[*?\[{]", name)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -13,17 +13,19 @@ from requant.architecture import ALWAYS_KEPT, EXPERT, FUSED
 from requant.config import FROM_THE_BEGINNING
 from requant.engine_keeps import is_engines, why_kept
 from requant.errors import RequantError, brief
+from requant.naming import released_name
 from requant.schemes import Scheme
 
-OUTSIDE = ("lm_head", "model.embed_tokens")  # never quantized: to keep them is to say so
+OUTSIDE = ("lm_head", "model.embed_tokens")  # never quantized, as routers: to keep them is to say so
 NEAREST = 3
 ALONG = "fused by engines with"  # how the reason begins of what stays in BF16 because of another Linear
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of `keep` means the module `name`."""
+    """Whether a pattern of `keep` means the module `name`, which may be spelled as Mixtral's checkpoints do (w1)."""
     find = re.match if pattern.startswith(FROM_THE_BEGINNING) else re.search
-    return find(pattern.removeprefix(FROM_THE_BEGINNING), name) is not None
+    pattern = pattern.removeprefix(FROM_THE_BEGINNING)
+    return any(find(pattern, spelled) for spelled in (name, released_name(name, {"model_type": "mixtral"})))
 
 
 def choose(widths: Mapping[str, int], scheme: Scheme, keep: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -93,7 +95,8 @@ def taken_along(kept: Mapping[str, str]) -> list[str]:
 
 def check_patterns(release: str, keep: Iterable[str], linears: Iterable[str]) -> None:
     """Raises RequantError naming the first pattern of `keep` that means no Linear of a model, and the nearest names."""
-    names = [*linears, *OUTSIDE]
+    routers = {f"{match[1].rpartition('.')[0]}.gate": None for name in linears if (match := EXPERT.fullmatch(name))}
+    names = [*linears, *routers, *OUTSIDE]
     for pattern in keep:
         if not any(matches(pattern, name) for name in names):
             raise RequantError(

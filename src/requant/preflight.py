@@ -17,8 +17,9 @@ from requant.architecture import (
 from requant.carried import TOKENIZERS, check_carried
 from requant.checkpoint import Checkpoint
 from requant.config import Calibration, Release
-from requant.config_json import check_declared
+from requant.config_json import PARTLY_ROTARY, check_declared
 from requant.errors import RequantError, brief
+from requant.key_types import check_types
 from requant.layout import check_layout
 from requant.linears import check_patterns, choose, taken_along
 from requant.locks import check_stored
@@ -39,9 +40,9 @@ LARGEST = 2**31 - 1
 # Activations and rotary embeddings that transformers knows, with the keys that each of these needs.
 ACTIVATIONS = (
     *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
-    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu"),
-    *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
-)
+    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh"),
+)  # not prelu and xielu: they have weights of their own
 OF_TUNED_EXPERTS = ("silu", "swish")
 ROPE_KEYS = {
     "default": (),
@@ -52,6 +53,20 @@ ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "proportional": (),
 }
+
+AT_LEAST_ONE = ("head_dim", "num_key_value_heads", "decoder_sparse_step", "index_n_heads", "index_head_dim")
+
+# What of a router config.json need not say: transformers' own. Those with groups add up the two best of each.
+ROUTING = {
+    "deepseek_v3": {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4},
+    "deepseek_v32": {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4},
+    "glm4_moe": {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1},
+    "mixtral": {"num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts_per_tok": 8},
+}
+
+ROPE_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+ROPE_OPTIONS += ("mscale", "mscale_all_dim")
 
 # Numbers that not every family has. Some files write null, or 0, for what a model does without.
 OPTIONAL_NUMBERS = {
@@ -92,27 +107,44 @@ def check_numbers(where: str, config: dict[str, Any]) -> None:
         raise RequantError(f"{where}: {error}") from None
     for key, largest in OPTIONAL_NUMBERS.items():
         value = config.get(key)
-        if value is not None and not (type(value) is int and 0 <= value <= largest):
-            raise RequantError(f"{where}: config.json: {key}: {brief(value)}; expected a number from 0 to {largest}")
+        least = 1 if key in AT_LEAST_ONE else 0
+        null = value is None and (key not in config or key != "first_k_dense_replace")
+        if not null and not (type(value) is int and least <= value <= largest):
+            raise RequantError(
+                f"{where}: config.json: {key}: {brief(value)}; expected a number from {least} to {largest}"
+            )
     if not config.get("head_dim") and config["hidden_size"] < config["num_attention_heads"]:
         raise RequantError(
             f"{where}: config.json: num_attention_heads: {config['num_attention_heads']}; expected no more than "
             f"hidden_size, {config['hidden_size']}"
         )
-    _check_routing(where, config)
+    if latent:  # multi-head latent attention: each head has keys of its own, with a rotary part
+        for key, of in (("num_key_value_heads", "num_attention_heads"), ("head_dim", "qk_rope_head_dim")):
+            if config.get(key) is not None and config.get(of) is not None and config[key] != config[of]:
+                raise RequantError(f"{where}: config.json: {key}: {config[key]}; expected {config[of]} ({of})")
 
 
-def _check_routing(where: str, config: dict[str, Any]) -> None:
-    """Raises RequantError if a router that config.json describes has fewer experts, or groups, than it chooses."""
+def check_routing(where: str, config: dict[str, Any]) -> None:
+    """Raises RequantError, beginning with `where`, if a router can't choose as config.json says."""
     key = next((key for key in EXPERT_COUNTS if config.get(key)), None)
     if key is None:
         return
-    pairs = (("num_experts_per_tok", key), ("n_group", key), ("topk_group", "n_group"))
-    for chosen, of in pairs:
-        if config.get(chosen) and config.get(of) and config[chosen] > config[of]:
-            raise RequantError(
-                f"{where}: config.json: {chosen}: {config[chosen]}; expected {config[of]} or less ({of})"
-            )
+
+    def refuse(key: str, expected: str) -> RequantError:
+        return RequantError(f"{where}: config.json: {key}: {brief(found[key])}; expected {expected}")
+
+    experts, found = config[key], ROUTING.get(family(config), {}) | config
+    for chosen, of in (("num_experts_per_tok", key), ("n_group", key), ("topk_group", "n_group")):
+        if chosen in found and not (type(found[chosen]) is int and found[chosen] >= 1):
+            raise refuse(chosen, "a number of 1 or more")
+        if chosen in found and of in found and found[chosen] > found[of]:
+            raise refuse(chosen, f"{found[of]} or less ({of})")
+    if "n_group" in ROUTING.get(family(config), {}):
+        groups, each = found["n_group"], experts // found["n_group"]
+        if experts % groups or each < 2:
+            raise refuse("n_group", f"a number that shares {experts} experts ({key}) out in groups of two or more")
+        if found["num_experts_per_tok"] > found["topk_group"] * each:
+            raise refuse("num_experts_per_tok", f"{found['topk_group'] * each} or less, of {each} experts a group")
 
 
 def check_arithmetic(where: str, config: dict[str, Any]) -> None:
@@ -125,19 +157,46 @@ def check_arithmetic(where: str, config: dict[str, Any]) -> None:
     epsilon = config.get("rms_norm_eps", 1e-6)
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
         raise RequantError(f"{where}: config.json: rms_norm_eps: {brief(epsilon)}; expected a number from 0 to 1")
+    spread = config.get("initializer_range", 0.0)  # of no use here, but the classes look at it
+    if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread <= 1:
+        raise RequantError(f"{where}: config.json: initializer_range: {brief(spread)}; expected a number from 0 to 1")
+    window = config.get("sliding_window")
+    if window is not None and not (type(window) is int and window >= 1):
+        raise RequantError(
+            f"{where}: config.json: sliding_window: {brief(window)}; expected a number of 1 or more, or null"
+        )
     pad, vocabulary = config.get("pad_token_id"), config["vocab_size"]
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = config.get(key)
+        for each in ids if isinstance(ids, list) else [ids]:
+            if each is not None and not (type(each) is int and 0 <= each < vocabulary):
+                raise RequantError(
+                    f"{where}: config.json: {key}: {brief(ids)}; expected ids of the vocabulary, less than "
+                    f"{vocabulary} (vocab_size)"
+                )
     if pad is not None and not (type(pad) is int and -vocabulary <= pad < vocabulary):
         raise RequantError(
             f"{where}: config.json: pad_token_id: {brief(pad)}; expected one of the vocabulary, less than {vocabulary} "
             "(vocab_size), or null"
         )
+    width = config.get("qk_rope_head_dim") or head_width(config)
+    if width % 2 and family(config) != PARTLY_ROTARY:
+        raise RequantError(
+            f"{where}: config.json: {'qk_rope_head_dim' if config.get('qk_rope_head_dim') else 'head_dim'}: {width}; "
+            "expected an even number: values are rotated in pairs"
+        )
+    if family(config) == "llama" and config["hidden_size"] % config["num_attention_heads"]:
+        raise RequantError(
+            f"{where}: config.json: num_attention_heads: {config['num_attention_heads']}; expected a number that "
+            f"hidden_size, {config['hidden_size']}, is a multiple of"
+        )
     for key in ("rope_parameters", "rope_scaling"):
-        _check_rope(f"{where}: config.json: {key}", config.get(key))
+        _check_rope(f"{where}: config.json: {key}", config.get(key), width)
     _check_positive(f"{where}: config.json: rope_theta", config.get("rope_theta", 10_000.0))
 
 
-def _check_rope(where: str, rope: Any) -> None:
-    """Raises RequantError, beginning with `where`, if transformers knows no such rotary embedding."""
+def _check_rope(where: str, rope: Any, width: int) -> None:
+    """Raises RequantError, beginning with `where`, if transformers knows no such rotary embedding of `width` values."""
     if rope is None or rope == {}:
         return
     if not isinstance(rope, dict):
@@ -154,8 +213,18 @@ def _check_rope(where: str, rope: Any) -> None:
         if isinstance(value, list) and value and key.endswith("_factor"):
             for number in value:
                 _check_positive(f"{where}: {key}", number)
+            if "partial_rotary_factor" not in rope and len(value) != width // 2:
+                raise RequantError(f"{where}: {key}: {len(value)} factors; expected {width // 2}, one for two values")
         else:
             _check_positive(f"{where}: {key}", value)
+    for key in ROPE_OPTIONS:
+        if rope.get(key) is not None:
+            _check_positive(f"{where}: {key}", rope[key])
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise RequantError(
+            f"{where}: low_freq_factor: {rope['low_freq_factor']}; expected less than high_freq_factor, "
+            f"{rope['high_freq_factor']}"
+        )
 
 
 def _check_positive(where: str, value: Any) -> None:
@@ -186,6 +255,8 @@ def check_known(where: str, config: dict[str, Any]) -> None:
     except RequantError as error:
         raise RequantError(f"{where}: {error}") from None
     check_numbers(where, config)
+    check_types(where, config)
+    check_routing(where, config)
     check_declared(where, config)
     check_arithmetic(where, config)
 

@@ -16,6 +16,8 @@ from requant.errors import RequantError
 COMPUTES = False  # it lets a build begin or not
 
 NAMED = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([^\s\"'#\[{|>]+)", re.MULTILINE)
+INCLUDED = re.compile(r"^include:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+DEEPEST = 8  # files that include one another
 UNSAFE = re.compile(r"^unsafe_code:[ \t]*[\"']?(?:true|yes|on)\b", re.MULTILINE | re.IGNORECASE)
 
 
@@ -27,10 +29,10 @@ def check_tasks(key: str, tasks: Iterable[str], folder: Path | None) -> None:
         path = next((found[task] for found in _indexes(folder) if task in found), None)
         if path is None:
             unknown.append(task)
-        elif UNSAFE.search(path.read_text(encoding="utf-8", errors="replace")):
+        elif (unsafe := _unsafe(path)) is not None:
             raise RequantError(
-                f"{key}: {task!r} runs code that the model wrote (`unsafe_code` in {path.name}); expected other tasks: "
-                "humaneval is measured in a sandbox, as one of `served`"
+                f"{key}: {task!r} runs code that the model wrote (`unsafe_code` in {unsafe.name}); expected other "
+                "tasks: humaneval is measured in a sandbox, as one of `served`"
             )
     if unknown:
         from requant.benchmark import task_manager
@@ -39,6 +41,17 @@ def check_tasks(key: str, tasks: Iterable[str], folder: Path | None) -> None:
             task_manager(unknown, folder)
         except RequantError as error:
             raise RequantError(f"{key}: {error}") from None
+
+
+def _unsafe(path: Path, depth: int = 0) -> Path | None:
+    """The file, this one or one that it includes, that says that a task runs code; None if none does."""
+    if not path.is_file() or depth > DEEPEST:
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if UNSAFE.search(text):
+        return path
+    included = (_unsafe(path.parent / name, depth + 1) for name in INCLUDED.findall(text))
+    return next((found for found in included if found is not None), None)
 
 
 def _indexes(folder: Path | None) -> Iterator[dict[str, Path]]:

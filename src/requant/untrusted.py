@@ -5,6 +5,7 @@ refused that Python's reader takes and others do not, or not alike: a key twice,
 float64, nesting of more than 200 levels, lone surrogates.
 """
 
+import codecs
 import json
 import os
 import stat
@@ -53,6 +54,8 @@ def json_object(data: bytes, where: str | Path, expected: str = "keys and values
 
     RequantError, beginning with `where` and ending with what was `expected`, if it is anything else.
     """
+    if data.startswith(codecs.BOM_UTF8):
+        raise RequantError(f"{where}: no JSON: it begins with a byte order mark; expected {expected}")
     try:
         from_json(data, allow_inf_nan=False)  # first: it bounds the nesting, and knows no lone surrogates
         found = json.loads(data, object_pairs_hook=_each_key_once, parse_float=_finite)

@@ -276,6 +276,10 @@ CONFIGS = {
     "is a device": (in_place(lambda path: path.symlink_to("/dev/zero")), "config.json: a device found"),
     "is a link to itself": (in_place(lambda path: path.symlink_to("config.json")), "can't be read (Too many levels"),
     "is empty": (written(b""), "config.json: no JSON: EOF"),
+    "begins with a mark": (
+        written(b"\xef\xbb\xbf{}"),
+        "config.json: no JSON: it begins with a byte order mark; expected",
+    ),
     "is a list": (written(b"[1]"), "config.json: a list found; expected a Hugging Face"),
     "is cut": (written(b'{"a": '), "config.json: no JSON"),
     "is no UTF-8": (written(b'{"a": "\xff"}'), "config.json: no JSON"),

@@ -103,6 +103,14 @@ def test_what_is_not_read_is_refused_when_planned_by_file_and_key(tmp_path, name
         read_documents(TextSource(path=str(path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.txt", ""), ("a.md", " \n\n \n"), ("a.jsonl", "\n \n"), ("b.jsonl", '{"text": " "}\n')]
+)
+def test_a_file_without_text_is_refused_when_planned(tmp_path, name, data):
+    with pytest.raises(RequantError, match=f"{name}: no text in it; expected documents$"):
+        check_text(written(tmp_path, name, data), "text")
+
+
 def test_the_beginning_of_a_long_file_is_enough_to_plan_with(tmp_path):
     """Its last character and its last line may be cut; what is behind is met by the job that reads it all."""
     text = "é" * 97 + "."

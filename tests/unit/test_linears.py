@@ -97,6 +97,21 @@ def test_a_pattern_of_llm_compressors_matches_from_the_beginning():
         check_patterns("r", ["re:self_attn"], linears())
 
 
+@pytest.mark.parametrize("pattern", ["re:.*mlp.gate$", "mlp.gate$", r"re:.*block_sparse_moe\.gate$"])
+def test_routers_may_be_named_they_stay_anyhow(pattern):
+    check_patterns("r", ["lm_head", pattern], linears())
+    assert kept_by([pattern]) == {}
+    with pytest.raises(RequantError, match="matches no Linear"):
+        check_patterns("r", [pattern], linears(experts=0))
+
+
+def test_experts_may_be_spelled_as_mixtrals_checkpoints_do():
+    check_patterns("r", [r"experts\.0\.w1$", "re:.*block_sparse_moe.*"], linears())
+    theirs = kept_by([r"1\.block_sparse_moe\.experts\.0\.w1$"])
+    ours = kept_by([r"1\.mlp\.experts\.0\.gate_proj$"])
+    assert theirs.keys() == ours.keys() and len(ours) == 4 * len(MLP), "all experts of the block"
+
+
 @pytest.mark.parametrize(
     ("pattern", "nearest"),
     [
@@ -104,7 +119,7 @@ def test_a_pattern_of_llm_compressors_matches_from_the_beginning():
         ("re:.*self_atn.o_proj", "model.layers.N.self_attn.o_proj"),
         (r"mlp\.expert\.\d+\.down_proj", "model.layers.N.mlp.experts.N.down_proj"),
         (r"layers\.7\.self_attn\.o_proj", "model.layers.N.self_attn.o_proj"),
-        ("block_sparse_moe.experts.0.w1", "model.layers.N.mlp.experts.N."),
+        ("block_sparse_moe.expert.0.w1", "model.layers.N.mlp.experts.N."),
         ("shared_expert.up_proj", "model.layers.N.mlp.shared_experts.up_proj"),
     ],
 )

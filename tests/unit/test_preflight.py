@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 from collections import namedtuple
 
@@ -32,6 +33,7 @@ from requant.preflight import (
     check_group,
     check_linears,
     check_numbers,
+    check_routing,
     check_source,
 )
 
@@ -79,7 +81,7 @@ def test_samples_longer_than_an_attentions_window_are_refused():
 
 
 def test_activations_and_rotary_embeddings_are_those_that_transformers_knows():
-    assert set(ACTIVATIONS) == set(ACT2FN.keys())
+    assert {*ACTIVATIONS, "prelu", "xielu"} == set(ACT2FN.keys()), "two have weights of their own"
     assert set(ROPE_KEYS) == {"default", *ROPE_INIT_FUNCTIONS}
     assert {type(ACT2FN[name]).__name__[:4] for name in OF_TUNED_EXPERTS} == {"SiLU"}
 
@@ -102,6 +104,9 @@ WRONG = {
     ],
     "rms_norm_eps": [("1e-6", "'1e-6'; expected a number"), (None, "None"), (-1, "-1"), (True, "True")],
     "pad_token_id": [(320, "320; expected one of the vocabulary, less than 320"), (-321, "-321"), ("0", "'0'")],
+    "eos_token_id": [(999, "999; expected ids of the vocabulary, less than 320"), ([1, -1], "[1, -1]"), ("x", "'x'")],
+    "bos_token_id": [(320, "320; expected ids"), (-1, "-1")],
+    "sliding_window": [(0, "0; expected a number of 1 or more, or null"), ("64", "'64'"), (64.5, "64.5")],
     "rope_theta": [("1e4", "'1e4'; expected a number above 0"), (0, "0; expected"), (None, "None; expected")],
     "rope_scaling": [
         ("linear", "'linear'; expected keys and values"),
@@ -117,6 +122,13 @@ WRONG = {
         ({"rope_type": "longrope", "short_factor": [1.0, "a"], "long_factor": [1.0]}, "short_factor: 'a'"),
         ({"rope_type": "default", "rope_theta": "x"}, "rope_theta: 'x'; expected a number above 0"),
         ({"factor": 2.0}, "expected the rope_type that it is for: as it is, it has no effect"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": "x"}, "beta_fast: 'x'; expected a number above 0"),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": "y"}, "original_max_position_em"),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 16}, "3 factors; expected 16"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "low_freq_factor: 4.0; expected less than high_freq_factor, 4.0",
+        ),
     ],
 }
 
@@ -183,9 +195,33 @@ def test_a_config_json_without_a_number_is_named(value):
 
 
 def test_more_experts_a_token_than_there_are_is_an_error():
-    config = DENSE | {"vocab_size": 320, "num_experts": 8, "num_experts_per_tok": 9}
+    config = DENSE | {"model_type": "qwen3_moe", "vocab_size": 320, "num_experts": 8, "num_experts_per_tok": 9}
     with pytest.raises(RequantError, match=r"num_experts_per_tok: 9; expected 8 or less \(num_experts\)"):
-        check_numbers("models.m", config)
+        check_routing("models.m", config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "line"),
+    [
+        ("deepseek_v3", {"n_group": 3}, "n_group: 3; expected a number that shares 8 experts"),
+        ("deepseek_v3", {"n_group": 8}, "n_group: 8; expected a number that shares 8 experts"),
+        ("deepseek_v3", {"n_group": 0}, "n_group: 0; expected a number of 1 or more"),
+        ("kimi_k2", {"n_group": None}, "n_group: None; expected a number of 1 or more"),
+        ("deepseek_v32", {"topk_group": 0}, "topk_group: 0; expected a number of 1 or more"),
+        (
+            "glm4_moe",
+            {"topk_group": 1, "n_group": 4, "num_experts_per_tok": 3},
+            "num_experts_per_tok: 3; expected 2",
+        ),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok: 0; expected a number of 1 or more"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"num_experts_per_tok: 9; expected 8 or less"),
+    ],
+)
+def test_a_router_that_cannot_choose_is_refused(family, changes, line):
+    config = tiny.FAMILIES[family] | {"model_type": family}
+    check_routing("m", config)
+    with pytest.raises(RequantError, match=f"^m: config.json: {re.escape(line)}"):
+        check_routing("m", config | changes)
 
 
 def test_a_block_without_tensors_and_a_missing_tokenizer_are_named():

@@ -12,6 +12,7 @@ from card_records import load, make_records, sha, statement_of
 from requant import provenance, reproduce
 from requant.config import SCHEMES, Reproduce, Sandbox, Target, parse, reproduce_limits
 from requant.errors import RequantError
+from requant.foreign import check_task_files
 from requant.hashing import file_entry
 from requant.main import main
 from requant.provenance import write_provenance
@@ -392,6 +393,16 @@ def test_published_tasks_that_could_run_code_are_refused(kind, inputs, tmp_path,
     assert line.startswith(f"error: {inputs}/tasks/") and said in line
     assert not commands and not (tmp_path / "new").exists()
     assert run(folder, tmp_path / "new", "--weights-only") == 1, "no task is run"
+
+
+@pytest.mark.parametrize("name", ["https://evil/x.json", "data/**", "d/*.json", "./x.json", "{a,b}.json", "s3:/x"])
+def test_data_of_a_task_is_one_file_of_that_name(name, tmp_path):
+    """Though a dependency is called so: lm-eval would take an address, or a pattern, for what it is."""
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"task": "x", "dataset_kwargs": {"data_files": name}}))
+    with pytest.raises(RequantError, match="x.yaml: .*data_files: "):
+        check_task_files(tmp_path, ["x.yaml"], [name])
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"task": "x", "dataset_kwargs": {"data_files": "d/x.json"}}))
+    check_task_files(tmp_path, ["x.yaml"], ["d/x.json"])
 
 
 def test_rows_among_the_tasks_are_their_data(inputs, tmp_path, commands):

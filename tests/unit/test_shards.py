@@ -183,7 +183,7 @@ def test_nothing_is_asked_of_shards_where_nothing_is_missing():
 def test_a_block_too_many_is_an_error_where_a_family_has_no_extra_layers(tmp_path, family):
     source = tiny.write_checkpoint(tmp_path / "m", family, num_hidden_layers=3, tie_word_embeddings=False)
     for counted in ({}, {"num_nextn_predict_layers": 1}):
-        tiny.edit_config(source, num_hidden_layers=2, **counted)
+        tiny.edit_config(source, num_hidden_layers=2, layer_types=None, **counted)
         with pytest.raises(
             RequantError, match=rf"^{source}: model.layers.2.\* is stored; config.json counts 2 blocks$"
         ):
@@ -202,7 +202,7 @@ def test_extra_layers_are_as_many_as_config_json_counts(tmp_path, family):
             RequantError, match=r"model.layers.2.\* is stored; config.json counts 2 blocks .* and 0 lay"
         ):
             plan(source)
-    tiny.edit_config(source, num_hidden_layers=1, num_nextn_predict_layers=1)
+    tiny.edit_config(source, num_hidden_layers=1, layer_types=None, mlp_layer_types=None, num_nextn_predict_layers=1)
     with pytest.raises(RequantError, match=r"model.layers.2.\* is stored; config.json counts 1 blocks .* and 1 lay"):
         plan(source)
 

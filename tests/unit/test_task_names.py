@@ -12,6 +12,8 @@ def folder(tmp_path):
     (tmp_path / "mine.yaml").write_text("group: many\ntask:\n  - one\n")
     (tmp_path / "deep/one.yaml").write_text('task: "one" # comment\ndataset_path: json\n')
     (tmp_path / "deep/risky.yaml").write_text("task: risky\nunsafe_code: true\n")
+    (tmp_path / "like.yaml").write_text("include: deep/risky.yaml\ntask: like\n")
+    (tmp_path / "round.yaml").write_text("include: round.yaml\ntask: round\n")
     return tmp_path
 
 
@@ -26,7 +28,9 @@ def test_a_task_that_runs_a_models_code_is_refused(folder):
         RequantError, match=r"benchmarks\.b\.tasks: 'risky' runs code that the model wrote .* risky\.yaml"
     ):
         check_tasks("benchmarks.b.tasks", ["one", "risky"], folder)
-    for task in ("humaneval", "mbpp"):
+    with pytest.raises(RequantError, match=r"k: 'like' runs code that the model wrote .* in risky\.yaml\)"):
+        check_tasks("k", ["round", "like"], folder)
+    for task in ("humaneval", "mbpp", "humaneval_instruct", "humaneval_plus", "mbpp_plus_instruct"):
         with pytest.raises(RequantError, match=f"k: '{task}' runs code that the model wrote"):
             check_tasks("k", [task], None)
 
