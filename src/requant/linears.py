@@ -25,7 +25,7 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a pattern of `keep` means the module `name`, which may be spelled as Mixtral's checkpoints do (w1)."""
     find = re.match if pattern.startswith(FROM_THE_BEGINNING) else re.search
     pattern = pattern.removeprefix(FROM_THE_BEGINNING)
-    return any(find(pattern, spelled) for spelled in (name, released_name(name, {"model_type": "mixtral"})))
+    return bool(find(pattern, name) or find(pattern, released_name(name, {"model_type": "mixtral"})))
 
 
 def choose(widths: Mapping[str, int], scheme: Scheme, keep: Iterable[str]) -> tuple[list[str], dict[str, str]]:

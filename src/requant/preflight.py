@@ -133,13 +133,14 @@ def check_routing(where: str, config: dict[str, Any]) -> None:
     def refuse(key: str, expected: str) -> RequantError:
         return RequantError(f"{where}: config.json: {key}: {brief(found[key])}; expected {expected}")
 
-    experts, found = config[key], ROUTING.get(family(config), {}) | config
+    usual = ROUTING.get(family(config), {})
+    experts, found = config[key], usual | config
     for chosen, of in (("num_experts_per_tok", key), ("n_group", key), ("topk_group", "n_group")):
         if chosen in found and not (type(found[chosen]) is int and found[chosen] >= 1):
             raise refuse(chosen, "a number of 1 or more")
         if chosen in found and of in found and found[chosen] > found[of]:
             raise refuse(chosen, f"{found[of]} or less ({of})")
-    if "n_group" in ROUTING.get(family(config), {}):
+    if "n_group" in usual:
         groups, each = found["n_group"], experts // found["n_group"]
         if experts % groups or each < 2:
             raise refuse("n_group", f"a number that shares {experts} experts ({key}) out in groups of two or more")

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from building import Build, environment
+from building import Build
 
 from .scene import PACKED, RELEASE, Outcome, error_line, half_written, run, same_bytes
 
@@ -59,10 +59,8 @@ def second_build(build: Build, wanted: dict[str, str]) -> Outcome:
         (build.directory / missing).unlink()
     start, log = time.monotonic(), build.directory / f"logs/quantize/{RELEASE}/1.log"
     log.unlink(missing_ok=True)
-    first = subprocess.Popen(
-        build.command(PACKED),
-        cwd=build.directory,
-        env=environment(),
+    first = build.start(
+        PACKED,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

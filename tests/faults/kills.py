@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 
-from building import Build, environment
+from building import Build
 
 from .scene import Outcome, digests, half_written, run, same_bytes
 
@@ -19,10 +19,8 @@ def kill_once(build: Build, target: str, wait: float, passed_over: int | None, g
 
     That is after `wait` seconds, or while a file is written, some others `passed_over`.
     """
-    process = subprocess.Popen(
-        build.command(target),
-        cwd=build.directory,
-        env=environment(),
+    process = build.start(
+        target,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -92,6 +92,10 @@ class Build:
         assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return done
 
+    def start(self, *arguments: str, **settings) -> subprocess.Popen:
+        """Starts snakemake here; settings: further ones of Popen."""
+        return subprocess.Popen(self.command(*arguments), cwd=self.directory, env=environment(), **settings)
+
     def configure(self, change) -> None:
         """Rewrites mine.yaml after `change` has edited its data."""
         path = self.directory / "mine.yaml"

@@ -14,7 +14,7 @@ def test_a_large_model_is_planned_from_its_lock(blocks, experts, tmp_path):
     out = tmp_path / "planning.json"
     command = [sys.executable, str(ROOT / "benchmarks/planning.py"), "--runs", "1", "--out", str(out)]
     command += ["--blocks", str(blocks), "--experts", str(experts)]
-    subprocess.run(command, env=environment(), check=True, capture_output=True, timeout=1500)
+    subprocess.run(command, env=environment(), check=True, timeout=1500)
     (found,) = json.loads(out.read_text())
     assert experts != 256 or found["tensors"] == 91_991, "as many as DeepSeek-V3 has"
     jobs = found["jobs"]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from building import Build, environment, lay_out
+from building import Build, lay_out
 
 from requant.gate import FAILURE
 
@@ -34,10 +34,8 @@ BUILDS = (
 def living(tmp_path):
     """A build that was stopped amid its jobs, with a failed load test: (build, its process, what it has of its own)."""
     build = lay_out(tmp_path, ("ll",))
-    process = subprocess.Popen(
-        build.command(SOURCE),
-        cwd=build.directory,
-        env=environment(),
+    process = build.start(
+        SOURCE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
