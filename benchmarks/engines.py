@@ -215,13 +215,15 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
         for made in [makers.submit(make_model, CASES[name], folder) for name, folder in models.items()]:
             made.result()
         making = {makers.submit(make_release, cell, models[cell.case], folders[cell]): cell for cell in cells}
-        running = {}
+        serving = {}
         for made in as_completed(making):
             cell = making[made]
-            made.result()
-            running[servers.submit(measure, cell, models[cell.case], folders[cell])] = cell
-        for done in as_completed(running):
-            cell, row = running[done], done.result() | {"machine": machine().model_dump()}
+            if (error := made.exception()) is not None:
+                print(cell.case, cell.scheme, f"is not made: {error}", flush=True)
+                continue
+            serving[servers.submit(measure, cell, models[cell.case], folders[cell])] = cell
+        for served in as_completed(serving):
+            cell, row = serving[served], served.result() | {"machine": machine().model_dump()}
             if logs is not None:
                 logs.mkdir(parents=True, exist_ok=True)
                 name = f"{cell.target.engine} {cell.case} {cell.scheme}".replace(",", "").replace(" ", "-")
