@@ -9,10 +9,10 @@ log-probabilities are off, how long the start took and how fast it answers; or t
 written when it is there, and a cell of the table that has one for this version of the engine and this GPU is skipped:
 the same command goes on where it was stopped.
 
-    --at-once N     cells at a time, each with its share of the GPU's memory
+    --at-once N     cells at a time, on one GPU
     --all-packed    nothing stays in BF16 for the engine, and nothing is decoded for it: what it can't do is measured so
     --again         measure cells that have rows once more
-    --logs FOLDER   keep each engine's log there
+    --logs FOLDER   keep each engine's log there, and deploy.failed.json, which has its answers
     --devices N     GPUs a cell: tensor parallel
     --argument A    of the engine, once for each; --variable NAME=VALUE likewise
 
@@ -86,6 +86,8 @@ KERNEL = re.compile(
     r"Using (?:AttentionBackendEnum\.)?'?([\w.]+)'? (for [\w ]*(?:NVFP4|WNA16|W\dA16)\w*(?: GEMM)?|\w+ MoE backend|"
     r"MLA prefill backend|attention backend)|Using (\w*MoEMethod\w*)|(attention_backend='\w+')"
 )
+# KV caches of a fixed size: engines that measure how much memory is free must not count what others take meanwhile.
+CACHE = {"vllm": ["--kv-cache-memory-bytes=4000000000"], "sglang": ["--max-total-tokens=65536"], "transformers": []}
 TEXT = Calibration(sources=[{"path": "text.txt"}], nsamples=8, seqlen=256, heldout={"nsamples": 16})
 
 
@@ -227,7 +229,9 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
             if logs is not None:
                 logs.mkdir(parents=True, exist_ok=True)
                 name = f"{cell.target.engine} {cell.case} {cell.scheme}".replace(",", "").replace(" ", "-")
-                shutil.copyfile(folders[cell] / "engine.log", logs / f"{name}.log")
+                for file in ("engine.log", "deploy.failed.json"):
+                    if (folders[cell] / file).exists():
+                        shutil.copyfile(folders[cell] / file, logs / f"{name}.{file}")
             write(out, [*(other for other in rows_in(out) if not same(other, cell)), row])
             print(cell.case, cell.scheme, row.get("verdict") or row.get("error"), f"{row['seconds']:.0f} s", flush=True)
 
@@ -245,7 +249,8 @@ def target_of(options: argparse.Namespace) -> Target:
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         settings |= {"device": "cuda", "gpu": f"sm{major}{minor}", "devices": options.devices, "concurrency": 16}
-        settings["memory_fraction"] = round(0.8 / options.at_once, 3)
+        settings["memory_fraction"] = 0.3  # looked for at the start; a cache of fixed size is taken
+        settings["arguments"] = CACHE[options.engine] + options.argument
     return Target.model_validate(settings)
 
 

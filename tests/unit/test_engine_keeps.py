@@ -1,4 +1,4 @@
-"""What an engine takes in BF16 stays so in a release for it, and is told; a packed one is refused where it is served."""
+"""What an engine takes in BF16 stays so in a release for it, and is told; packed, it is refused where it is served."""
 
 import pytest
 from test_linears import MLA, linears
