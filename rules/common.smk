@@ -46,7 +46,7 @@ from requant.fp8 import without_scales
 from requant.gate import open_again
 from requant.hashing import file_entry
 from requant.imports import code_of, libraries_of
-from requant.jobs import announce_build
+from requant.jobs import announce_build, spare_collector
 from requant.locks import load_lock, tensors_of
 from requant.naming import entries, places
 from requant.needs import (
@@ -168,6 +168,7 @@ or_stop(
 or_stop(check_path, workflow.basedir, "requant's checkout")
 or_stop(check_persistence, str(workflow.workflow_settings.persistence_backend))
 announce_build()
+spare_collector()
 
 
 def only_looks(mode):

@@ -7,8 +7,8 @@ Every pass runs on one thread, whatever the environment says: the last bits of s
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from requant.architecture import block_of, expert_counts
@@ -23,6 +23,9 @@ from requant.safetensors_io import load, save
 from requant.saliency import write_table
 from requant.streamed import StreamedModel
 from requant.view import group_count
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def load_masks(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
@@ -58,7 +61,7 @@ def embed(source: str | Path, tokens_path: str | Path, hidden_path: str | Path) 
 
 def observe_block(
     source: str | Path, tokens_path: str | Path, hidden_path: str | Path, block: int, device: str = "cpu"
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """The table of saliencies of block `block`, on the hidden states of the calibration tokens in `hidden_path`."""
     torch.set_num_threads(1)
     model, watch = StreamedModel(Checkpoint(source), device), Watch()

@@ -8,13 +8,17 @@ A norm is float32, every sum over tokens is float64 in the order of the tokens: 
 number of threads.
 """
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from requant.blocks import Experts
 from requant.grouped import Rows
 from requant.saliency import table_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Watch:
@@ -37,7 +41,7 @@ class Watch:
             handles = [expert.register_forward_hook(self._see_expert) for expert in experts]
         return [*handles, experts.register_forward_hook(self._see_batch)]
 
-    def table(self, groups: int) -> pd.DataFrame:
+    def table(self, groups: int) -> "pd.DataFrame":
         """The block's saliencies, for a router with `groups` groups (see `requant.saliency`)."""
         return table_of(self.tokens.tolist(), self.gates.tolist(), self.mass.tolist(), groups)
 

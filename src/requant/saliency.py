@@ -9,18 +9,22 @@ no rows.
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from requant.errors import RequantError
 from requant.records import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("expert", "group", "tokens", "frequency", "weighted_frequency", "saliency", "mass")
 DIGEST_LINE = "# xxh3_64 "
 
 
-def table_of(tokens: Sequence[int], gates: Sequence[float], mass: Sequence[float], groups: int) -> pd.DataFrame:
+def table_of(tokens: Sequence[int], gates: Sequence[float], mass: Sequence[float], groups: int) -> "pd.DataFrame":
     """The table, from sums by expert: of tokens, of gates, and of gate x norm of the expert's output."""
+    import pandas as pd
+
     table = pd.DataFrame({"expert": range(len(tokens)), "tokens": tokens, "gates": gates, "mass": mass})
     table["group"] = table["expert"] * groups // max(len(table), 1)
     table["frequency"] = table["tokens"] / max(table["tokens"].sum(), 1)
@@ -29,14 +33,16 @@ def table_of(tokens: Sequence[int], gates: Sequence[float], mass: Sequence[float
     return table[list(COLUMNS)]
 
 
-def write_table(path: str | Path, table: pd.DataFrame) -> None:
+def write_table(path: str | Path, table: "pd.DataFrame") -> None:
     """Writes the table as CSV, whole; floats with all their digits. Its last line, a comment, has its digest."""
     text = table.to_csv(index=False, lineterminator="\n")
     write_text(path, f"{text}{DIGEST_LINE}{_digest(text)}\n")
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
+def read_table(path: str | Path) -> "pd.DataFrame":
     """Reads what `write_table` wrote. RequantError if it is absent, has other columns, or has changed since."""
+    import pandas as pd
+
     try:
         text, found, kept = Path(path).read_text(encoding="utf-8").partition(DIGEST_LINE)
         table = pd.read_csv(StringIO(text))

@@ -68,15 +68,15 @@ def test_memory_of_jobs_is_near_what_was_measured(built, planned_after):
 
 
 def test_hours_of_a_finished_build_are_those_that_were_measured(built, planned_after):
+    """A block's is the mean of all such jobs, of other releases too."""
+    tuned = [read_json(path, BlockRecord).seconds for path in built.directory.glob("results/*/blocks/*.json")]
     for release, plan in planned_after.items():
         assert all(stage.basis.startswith("measured") for stage in plan.stages)
         spent = {stage.stage: stage.seconds for stage in plan.stages}
         evaluate = read_json(built.directory / f"results/{release}/evaluate.json", EvaluateRecord)
-        blocks = [
-            read_json(path, BlockRecord) for path in (built.directory / f"results/{release}/blocks").glob("*.json")
-        ]
+        blocks = len(list((built.directory / f"results/{release}/blocks").glob("*.json")))
         assert spent["evaluate"] == evaluate.seconds
-        assert spent["quantize"] == pytest.approx(sum(record.seconds for record in blocks), rel=0.5)
+        assert blocks * min(tuned) <= spent["quantize"] <= blocks * max(tuned)
 
 
 def test_jobs_are_those_of_a_dry_run_and_a_plan_builds_nothing(tmp_path):
