@@ -40,6 +40,7 @@ from requant.disk import (
 )
 from requant.download import check_download_room, remote_model
 from requant.duration import read_rates
+from requant.engine_keeps import for_engine
 from requant.errors import RequantError
 from requant.fp8 import without_scales
 from requant.gate import open_again
@@ -526,9 +527,17 @@ STILL_TO_WRITE = {}
 
 
 @cache
+def settings_of(release):
+    """A release's settings; `keep` has what the engine of its target needs unpacked too."""
+    settings = CONFIG.releases[release]
+    target = CONFIG.targets[settings.deploy.target]
+    return for_engine(settings, checkpoint_plan(settings.model)[0]["model_type"], target)
+
+
+@cache
 def preflight(release):
     """Ends the planning if a release can't be quantized for its target, or has no room beside those before it."""
-    settings = CONFIG.releases[release]
+    settings = settings_of(release)
     model, target = settings.model, settings.deploy.target
     model_config, shard_of, files = checkpoint_plan(model)
     scheme, blocks = SCHEMES[settings.scheme], or_stop(block_count, model_config)
@@ -554,7 +563,7 @@ def preflight(release):
 
 def check_target_memory(release):
     """Ends the planning if a release and the KV cache that is wanted beside it don't fit its target."""
-    settings = CONFIG.releases[release]
+    settings = settings_of(release)
     model, target = settings.model, CONFIG.targets[settings.deploy.target]
     if target.memory_gb is None:
         return
@@ -736,7 +745,7 @@ def mtp_of_release(wildcards):
 
 
 def keep_patterns(wildcards):
-    return release_of(wildcards).keep
+    return settings_of(wildcards.release).keep
 
 
 def tuners_first(wildcards):
@@ -1185,7 +1194,7 @@ def build_records(_):
 
 def config_alone(wildcards):
     """The config that builds a release by itself, as its provenance can hold it."""
-    alone = standalone(CONFIG, wildcards.release)
+    alone = standalone(CONFIG, wildcards.release, settings_of(wildcards.release).keep)
     or_stop(check_config, wildcards.release, alone)
     return alone
 
@@ -1427,7 +1436,7 @@ def needs_of_model(model, calibration):
 
 @cache
 def needs_of_release(release):
-    settings = CONFIG.releases[release]
+    settings = settings_of(release)
     return release_needs(
         model_shapes(settings.model),
         stored_bytes(settings.model),

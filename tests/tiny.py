@@ -115,7 +115,7 @@ def write_checkpoint(
     from requant.architecture import FAMILIES as CODE
 
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[CODE[model_type]](**(FAMILIES[model_type] | changes), initializer_range=0.08)
+    config = CONFIG_MAPPING[CODE[model_type]](**({"initializer_range": 0.08} | FAMILIES[model_type] | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):

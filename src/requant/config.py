@@ -342,7 +342,8 @@ class Release(Section):
     keep: list[str] = Field(
         [],
         description="Linears that stay in BF16, with what engines fuse with them: regular expressions, found "
-        "anywhere in names as transformers has them; after `re:`, as llm-compressor writes them, from the beginning on",
+        "anywhere in names as transformers has them; after `re:`, as llm-compressor writes them, from the beginning "
+        "on. What the engine of deploy.target can't load packed stays besides (docs/targets.md)",
     )
     mtp: Literal["keep", "drop"] = Field(
         "keep",

@@ -25,6 +25,7 @@ from requant.records import (
     Answer,
     DeployRecord,
     EvaluateRecord,
+    FailedAnswer,
     FailedDeployRecord,
     KeepList,
     PackRecord,
@@ -103,7 +104,12 @@ def smoke_test(
     rest = {"environment": server.environment, "arithmetic": computed, "checks": checks}
     failed_out = out.with_suffix(".failed.json")
     if any(check.verdict == "failed" for check in checks):
-        write_json(failed_out, FailedDeployRecord(**shared, **rest, engine_error=asked.engine_error))
+        answers = [
+            FailedAnswer(prompt=answer.prompt, answer=answer.steps[-1], agrees=answer.agrees)
+            for answer in (*asked.served, *asked.together, *asked.long)
+            if answer.steps
+        ]
+        write_json(failed_out, FailedDeployRecord(**shared, **rest, engine_error=asked.engine_error, answers=answers))
         raise RequantError(f"{smoke.failure_line(release, checks, asked.engine_error)} ({failed_out})")
     if asked.levels_error is not None:
         raise asked.levels_error

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from requant.architecture import ALWAYS_KEPT, EXPERT, FUSED
 from requant.config import FROM_THE_BEGINNING
+from requant.engine_keeps import is_engines, why_kept
 from requant.errors import RequantError, brief
 from requant.naming import released_name
 from requant.schemes import Scheme
@@ -43,7 +44,7 @@ def choose(widths: Mapping[str, int], scheme: Scheme, keep: Iterable[str]) -> tu
         if always:
             kept[name] = always[0]
         elif asked:
-            kept[name] = f"config: keep {asked[0]}"
+            kept[name] = why_kept(asked[0])
         elif width % scheme.group_size:
             kept[name] = f"width {width} is no multiple of the group of {scheme.group_size}"
     for layer in fused_layers(widths):
@@ -87,8 +88,8 @@ def check_closed(quantized: Iterable[str], linears: Iterable[str]) -> None:
 
 
 def taken_along(kept: Mapping[str, str]) -> list[str]:
-    """What of the Linears that `choose` left in BF16 nobody asked for: a sentence a reason."""
-    counts = Counter(reason for reason in kept.values() if reason.startswith(ALONG))
+    """What of the Linears that `choose` left in BF16 no `keep` of a config asked for: a sentence a reason."""
+    counts = Counter(reason for reason in kept.values() if reason.startswith(ALONG) or is_engines(reason))
     return [f"{count} more Linear{'s' if count > 1 else ''} in BF16: {reason}" for reason, count in counts.items()]
 
 

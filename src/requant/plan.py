@@ -6,7 +6,7 @@ docs/plan.md says what each figure is and how exact.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from requant import fp8, structure
@@ -27,6 +27,7 @@ from requant.duration import (
     reference_seconds,
 )
 from requant.engine_command import is_pinned
+from requant.engine_keeps import for_engine
 from requant.errors import RequantError
 from requant.linears import choose
 from requant.locks import load_lock, tensors_of
@@ -176,8 +177,9 @@ def plan(
     files: bytes a second of `disk`, `shared` and `hub` (`requant.timeline.Machine`), as far as they count. Raises
     RequantError if nothing of the model would be quantized, or it can't be pruned so.
     """
-    whole, settings, calibration = source.structure, subject.settings, subject.calibration
-    model = subject.pruned(whole)
+    whole, calibration = source.structure, subject.calibration
+    subject = replace(subject, settings=for_engine(subject.settings, whole.config["model_type"], subject.target))
+    settings, model = subject.settings, subject.pruned(whole)
     scheme, tuning = SCHEMES[settings.scheme], settings.tuning
     sizes = {name: model.release_size(other, settings.keep, settings.mtp == "drop") for name, other in SCHEMES.items()}
     check_linears(subject.release, settings, linear_widths(model.kinds))

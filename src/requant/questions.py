@@ -95,7 +95,7 @@ def ask_everything(
         )
         progress(f"{release}: asking for log-probabilities")
         keep(smoke.LOG_PROBABILITIES, lambda: asked.rows.extend(_read(client, model, texts, texts.rows)))
-        keep(smoke.TOKENIZER, lambda: _ask_for_tokens(client, server, tokenizer, texts, asked))
+        keep(smoke.TOKENIZER, lambda: _ask_for_tokens(client, server, engine, tokenizer, texts, asked))
     return asked
 
 
@@ -116,7 +116,7 @@ def _read(client: "OpenAI", model: str, texts: Texts, rows: list[Row]) -> "list[
     return [log_probabilities(client, model, row) for row in rows]
 
 
-def _ask_for_tokens(client: "OpenAI", server: Server, tokenizer: Any, texts: Texts, asked: Asked) -> None:
+def _ask_for_tokens(client: "OpenAI", server: Server, engine: str, tokenizer: Any, texts: Texts, asked: Asked) -> None:
     """Leaves a verdict, or, in `words`, what the chain has to be asked too."""
     expected = "this tokenizer's tokens"
     if found := smoke.texts_read([*asked.served, *asked.long]):
@@ -124,6 +124,8 @@ def _ask_for_tokens(client: "OpenAI", server: Server, tokenizer: Any, texts: Tex
     elif texts.labels:
         asked.words.extend(_read(client, server.model, texts, texts.words))
     else:
-        found = vocabulary.differences(client, server.url, server.model, tokenizer, [*texts.prompts, texts.long[0]])
-        told = found or f"{len(tokenizer)} tokens and {len(texts.prompts) + 1} texts the same"
+        encoded = [*texts.prompts, texts.long[0]] if vocabulary.answers_tokenize(engine, tokenizer) else []
+        found = vocabulary.differences(client, server.url, server.model, tokenizer, encoded)
+        texts_too = f"and {len(encoded)} texts the same" if encoded else f"the same, texts as long: {vocabulary.SILENT}"
+        told = found or f"{len(tokenizer)} tokens {texts_too}"
         asked.checks.append(smoke.judged(smoke.TOKENIZER, found is None, told, expected, len(tokenizer)))

@@ -410,6 +410,12 @@ class Check(Record):
     samples: int | None = Field(None, description="tokens, positions or answers that the verdict rests on")
 
 
+class FailedAnswer(Record):
+    prompt: str
+    answer: str
+    agrees: list[bool] = Field(description="of each token, whether the chain would choose it; none if not replayed")
+
+
 class FailedDeployRecord(StageRecord):
     """results/{release}/deploy.failed.json: a smoke test that failed; gone once one passes."""
 
@@ -422,6 +428,7 @@ class FailedDeployRecord(StageRecord):
     arithmetic: Arithmetic | None = Field(None, description="what the engine computed with")
     engine_error: str | None = Field(None, description="how the engine ended, if it did, and its first real error")
     checks: list[Check]
+    answers: list[FailedAnswer] = Field([], description="greedy ones: one at a time, all at once, to long prompts")
     verdict: Literal["failed"] = "failed"
 
 

@@ -11,10 +11,13 @@ from requant.architecture import expert_counts, has_plain_experts
 from requant.checkpoint import Checkpoint
 from requant.config import Target
 from requant.engine_command import LOOPBACK, check_quantization, docker_command, engine_command, quantization_of
+from requant.engine_keeps import packed_problem
 from requant.errors import RequantError
 from requant.schemes import SCHEMES, Scheme, scheme_of
 from requant.served_copy import why_decoded
 from requant.targets import family_problem, holds_packed, shortage, unsupported, wanted_context
+
+PACKED = ".weight_packed"
 
 COMPUTES = False  # it serves for people; the deploy stage has its own way to the engine
 
@@ -49,7 +52,11 @@ def planned(folder: Path, target_name: str, target: Target) -> Serving:
     reason = None if scheme is None else why_decoded(scheme.format, moe, target, plain_experts)
     if reason is None:
         check_quantization(str(folder), quantization, target)
-    problem = (scheme and unsupported(scheme, target)) or family_problem(str(config.get("model_type")), target)
+    family = str(config.get("model_type"))
+    problem = (scheme and unsupported(scheme, target)) or family_problem(family, target)
+    if problem is None and reason is None:
+        packed = [name.removesuffix(PACKED) for name in checkpoint.index if name.endswith(PACKED)]
+        problem = packed_problem(packed, family, target)
     if problem is not None:
         raise RequantError(f"{folder}: can't be served at target {target_name!r}: {problem}; expected another target")
     if scheme is not None and (holds_packed(target) or not scheme.quantizes):

@@ -7,8 +7,10 @@ from requant.config import Config, Target, source_name
 from requant.schemes import SCHEMES
 
 
-def standalone(config: Config, release: str) -> dict[str, Any]:
+def standalone(config: Config, release: str, keep: list[str] | None = None) -> dict[str, Any]:
     """A whole config that builds `release` alone, every default spelled out; `requant.config.parse` reads it.
+
+    keep: patterns of Linears that stay in BF16, the engine's needs among them; those of the config if None.
 
     An absolute path, or one of a home directory, is cut to its last component; a relative one stays. A bucket is told
     as a directory of that name.
@@ -18,6 +20,8 @@ def standalone(config: Config, release: str) -> dict[str, Any]:
     models = [settings.model, *([model.source_model] if model.source_model else [])]
     calibrations = [settings.calibration, *([model.prune.calibration] if model.prune else [])]
     written = settings.model_dump(mode="json", by_alias=True)
+    if keep is not None:
+        written["keep"] = keep
     if model.prune:
         del written["mtp"]  # a pruned model has no such layers, and a config may not ask for them
     if not SCHEMES[settings.scheme].quantizes:

@@ -11,6 +11,7 @@ from requant.config import Target
 from requant.container import container_request
 from requant.engine_arguments import FAMILIES, FAMILIES_OF, FLAGS, NO_SWITCHES, VARIABLES, VARIABLES_OF
 from requant.engine_command import docker_command, engine_command, is_pinned, shell
+from requant.engine_keeps import KEEPS
 from requant.reproduce import checkout
 from requant.schemes import SCHEMES
 from requant.target_files import FOLDER, read_targets, target_named
@@ -62,6 +63,15 @@ the one that was evaluated: the smoke test holds it against requant's own chain 
 {facts}
 
 What an engine's own log says of its kernels is believed before this table.
+
+## What engines take in BF16
+
+Some code of engines asks a Linear for its `weight`, which a packed one has not. A release whose `deploy.target` has
+such an engine keeps these in BF16, as by `keep`, with what is fused with them. Planning says so, sizes are those of
+such a release, and its records, card and provenance have the reason. A release for several engines names the target
+that needs most.
+
+{keeps}
 
 ## Serving by hand
 
@@ -126,6 +136,7 @@ def index(targets: dict[str, Target]) -> str:
     return INDEX.format(
         table=table,
         facts=_facts(),
+        keeps=_keeps(),
         pinning=pinning,
         flags="\n\n".join(f"**{engine}**\n\n{_flags(engine)}" for engine in FLAGS),
         closed=", ".join(f"`{part}`" for part in re.findall(r"[A-Z]+(?:_[A-Z]+)*", NO_SWITCHES.pattern)),
@@ -210,6 +221,17 @@ def _facts() -> str:
         f"| {it.engine} {it.version} | {it.scheme} | {_gpus(it)} | {it.does} | {it.basis}{said[it]} |" for it in FACTS
     ]
     return "\n".join(["| engine | scheme | GPUs | | rests on |", "|---|---|---|---|---|", *rows])
+
+
+def _keeps() -> str:
+    """The table of what stays in BF16 for engines."""
+    rows = [f"| {it.engine} | {_names(it.families)} | `{_cell(it.pattern)}` | {it.basis} |" for it in KEEPS]
+    return "\n".join(["| engine | families | Linears | rests on |", "|---|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    """`text` in a cell of a table: no bar ends it."""
+    return text.replace("|", "\\|")
 
 
 def _gpus(fact: Fact) -> str:

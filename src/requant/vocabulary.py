@@ -20,6 +20,8 @@ IN_A_ROW = 31  # tokens after the first
 USUAL = 0.99  # part of the tokens that rounding moves less than what is usual
 MARGIN = 2  # beside `deploy.rounding`: the largest of a thousand tokens is looked at, not the bulk of them
 CHUNK = 2048  # tokens that a request of the vocabulary has
+LARGEST = 2**63 - 1  # that sglang writes into an answer
+SILENT = "sglang answers no /tokenize for a tokenizer without model_max_length"
 
 
 def sample(tokenizer: Any, count: int) -> list[int]:
@@ -73,6 +75,12 @@ def limits(noise: dict[int, float], factor: float) -> dict[int, float]:
     ordered = sorted(noise.values())
     usual = ordered[int(USUAL * (len(ordered) - 1))]
     return {token: MARGIN * factor * max(usual, value) for token, value in noise.items()}
+
+
+def answers_tokenize(engine: str, tokenizer: Any) -> bool:
+    """Whether the engine can answer /tokenize: sglang (0.5.16) puts the tokenizer's model_max_length into each answer,
+    and ends it with status 500 where that is the number that transformers has for none, 10^30."""
+    return engine != "sglang" or tokenizer.model_max_length <= LARGEST
 
 
 def differences(client: "OpenAI", url: str, model: str, tokenizer: Any, texts: list[str]) -> str | None:

@@ -26,9 +26,9 @@ NAME = "the-release"
 
 
 class Engine:
-    """faults: any of any_name, ignores_stop, one_piece, loops, garbles, crashes, cuts_prompts, mixes, no_logprobs and
-    bad_whole. No faults: "splits", each Linear adds up its inputs in two halves, another right rounding;
-    "names_by_text", tokens are not named by their ids."""
+    """faults: any of any_name, ignores_stop, one_piece, loops, garbles, crashes, cuts_prompts, mixes, no_logprobs,
+    no_max_length and bad_whole. No faults: "splits", each Linear adds up its inputs in two halves, another right
+    rounding; "names_by_text", tokens are not named by their ids."""
 
     def __init__(self, folder: Path, faults: frozenset[str], context: int):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -145,6 +145,8 @@ def app_of(engine: Engine) -> FastAPI:
     @app.post("/tokenize")
     async def tokenize(request: Request):
         body = await request.json()
+        if "no_max_length" in engine.faults:
+            raise HTTPException(500, "Integer exceeds 64-bit range")
         return {"tokens": engine.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]}
 
     @app.post("/detokenize")

@@ -160,6 +160,24 @@ def test_sglang_answers_any_name_and_is_not_blamed(run):
     assert checks[smoke.WRONG_NAME].verdict == "not applicable" and not failed(checks)
 
 
+def test_sglang_is_asked_for_its_vocabulary_alone_where_it_cannot_encode(run, monkeypatch):
+    """Its /tokenize answers with status 500 for a tokenizer that has no model_max_length."""
+    assert failed(run("any_name", "no_max_length", engine="sglang")) == {smoke.TOKENIZER}
+    of = PackedCheckpoint.tokenizer
+
+    def endless(checkpoint):
+        tokenizer = of(checkpoint)
+        tokenizer.model_max_length = int(1e30)
+        return tokenizer
+
+    monkeypatch.setattr(PackedCheckpoint, "tokenizer", endless)
+    asked = ("any_name", "no_max_length")
+    assert smoke.TOKENIZER in failed(run(*asked, engine="sglang", damaged=damage.swap_tokens(1043, 777)))
+    assert len(run.record.answers) > SETTINGS.prompts and all(answer.agrees for answer in run.record.answers)
+    checks = run(*asked, engine="sglang")
+    assert not failed(checks) and checks[smoke.TOKENIZER].found.startswith("1101 tokens the same, texts as long")
+
+
 @pytest.mark.parametrize("linear", ["3.mlp.experts.5.down_proj", "1.self_attn.o_proj"])
 def test_a_doubled_scale_is_seen_in_log_probabilities(run, release, linear):
     assert smoke.LOG_PROBABILITIES in failed(run(damaged=damage.double_scale(release.packed, f"model.layers.{linear}")))
@@ -451,8 +469,6 @@ def test_a_token_that_rounding_moves_has_a_wider_limit_of_its_own():
 
 
 def test_the_scale_and_the_experts_of_a_damage_are_the_ones_that_it_says(tmp_path: Path, release):
-    from requant.packed import PackedCheckpoint, write_decoded
-
     write_decoded(release.packed.directory, tmp_path)
     before = PackedCheckpoint(tmp_path)
     name = "model.layers.2.mlp.experts.{}.up_proj.weight"
