@@ -155,7 +155,7 @@ def reorder_config(place: Place) -> None:
 
 def comment_on_module(place: Place) -> None:
     place.module("quantize.py", '"""', '"""Words. ')
-    place.module("reap.py", "import", "# A comment.\nimport")
+    place.module("reap.py", "import torch", "# A comment.\nimport torch")
 
 
 def add_benchmark(place: Place) -> None:
