@@ -57,7 +57,7 @@ MLA = (
     | {"num_key_value_heads": 16, "n_routed_experts": 16, "q_lora_rank": 512, "kv_lora_rank": 512}
     | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 )
-MIXTRAL = GQA | {"intermediate_size": 256}
+MIXTRAL = GQA | {"intermediate_size": 256, "num_attention_heads": 4}  # engines divide its width by its heads
 NO_AUX = {"topk_method": "noaux_tc"}  # DeepSeek's makers write it, and vLLM asks for it
 
 
