@@ -312,7 +312,8 @@ def wait_until_healthy(
         if (ended := how_ended()) is not None:  # asked last: what answers may be another engine on the same port
             told = engine_log.told(log, ended)
             raise RequantError(
-                f"{log}: the engine {ended} before it served: {told}; expected an answer to /health; the log has the rest"
+                f"{log}: the engine {ended} before it served: {told}; expected an answer to /health; the log has "
+                "the rest"
             )
         if healthy:
             return url
