@@ -57,7 +57,7 @@ MLA = (
     | {"num_key_value_heads": 16, "n_routed_experts": 16, "q_lora_rank": 512, "kv_lora_rank": 512}
     | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 )
-MIXTRAL = GQA | {"intermediate_size": 256}
+MIXTRAL = GQA | {"intermediate_size": 256, "num_attention_heads": 4}  # engines divide its width by its heads
 NO_AUX = {"topk_method": "noaux_tc"}  # DeepSeek's makers write it, and vLLM asks for it
 
 
@@ -195,16 +195,28 @@ def measure(cell: Cell, model: Path, folder: Path) -> dict:
     return row | {"seconds": time.monotonic() - started}
 
 
+def kernels_in(log: str) -> list[str]:
+    """What an engine's log says of its kernels."""
+    return sorted({" ".join(filter(None, found)) for found in KERNEL.findall(log)})
+
+
 def rows_in(out: Path) -> list[dict]:
     return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
 
 
-def write(out: Path, rows: list[dict]) -> None:
-    """Files appear whole."""
-    rows = sorted(rows, key=lambda row: [str(row[key]) for key in KEYS])
+def put(out: Path, cell: Cell, row: dict) -> None:
+    """Writes the row of a cell into the file, in place of one that it has; the file appears whole."""
+    rows = [*(other for other in rows_in(out) if not same(other, cell)), row]
+    rows.sort(key=lambda row: [str(row[key]) for key in KEYS])
     part = out.with_suffix(".part")
     part.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     part.replace(out)
+
+
+def without_rows(cells: list[Cell], out: Path) -> list[Cell]:
+    """Those of the cells that are not measured yet."""
+    rows = rows_in(out)
+    return [cell for cell in cells if not any(same(row, cell) for row in rows)]
 
 
 def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs: Path | None) -> None:
@@ -232,7 +244,7 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
                 for file in ("engine.log", "deploy.failed.json"):
                     if (folders[cell] / file).exists():
                         shutil.copyfile(folders[cell] / file, logs / f"{name}.{file}")
-            write(out, [*(other for other in rows_in(out) if not same(other, cell)), row])
+            put(out, cell, row)
             print(cell.case, cell.scheme, row.get("verdict") or row.get("error"), f"{row['seconds']:.0f} s", flush=True)
 
 
@@ -276,7 +288,7 @@ def main() -> None:
         parser.error(f"{options.engine}: not a package of {sys.executable}; expected it installed there")
     target = target_of(options)
     wanted = [Cell(case, scheme, target, options.all_packed) for case in options.case for scheme in options.scheme]
-    cells = [cell for cell in wanted if options.again or not any(same(row, cell) for row in rows_in(options.out))]
+    cells = wanted if options.again else without_rows(wanted, options.out)
     print(f"{len(cells)} cells, {len(wanted) - len(cells)} have rows in {options.out}", flush=True)
     with TemporaryDirectory() as scratch:
         measure_all(cells, options.at_once, Path(scratch), options.out, options.logs)

@@ -101,10 +101,15 @@ def read(log: Path) -> str:
     return log.read_bytes().decode(errors="replace") if log.exists() else ""
 
 
-def told(log: Path) -> str:
-    """The first real error in the file `log`, else its last lines, in one line."""
+def told(log: Path, ended: str = "") -> str:
+    """The first real error in the file `log`, else its last lines, in one line.
+
+    ended: how the engine ended, of which SIGKILL may say why where the log doesn't. An engine that fails sends it to
+    its own processes too.
+    """
     text = read(log)
-    return first_error(text) or last_lines(text)
+    hint = "; the system ends a process so where memory runs out" if "SIGKILL" in ended else ""
+    return first_error(text) or last_lines(text) + hint
 
 
 def last_lines(text: str, count: int = LAST_LINES) -> str:

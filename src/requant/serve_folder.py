@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # not where it is used: Ctrl-C in an import, which runs strings, ends Python by SIGINT, caught or not
+
 from requant.architecture import expert_counts, has_plain_experts
 from requant.checkpoint import Checkpoint
 from requant.config import Target
@@ -121,8 +123,6 @@ def served(serving: Serving, port: int, log: Path, say: Callable[[str], None]) -
 
 def is_running(pid: int) -> bool:
     """Whether that process runs; one that has ended, and that nobody waited for, does not."""
-    import psutil
-
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -85,7 +85,7 @@ def trouble(server: Server) -> str | None:
     if server.log is None:
         return None if ended is None else f"the engine {ended}"
     if ended is not None:
-        return f"the engine {ended}: {engine_log.told(server.log)} ({server.log})"
+        return f"the engine {ended}: {engine_log.told(server.log, ended)} ({server.log})"
     error = engine_log.first_error(engine_log.read(server.log))
     return None if error is None else f"{server.log}: {error}"
 
@@ -149,9 +149,7 @@ def _how_ended(process: subprocess.Popen) -> str | None:
 
 
 def _signal_name(number: int) -> str:
-    """SIGKILL is what the kernel sends where memory runs out."""
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return f"{name} (as where memory runs out)" if name == "SIGKILL" else name
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def engine_environment(target: Target, threads: int) -> dict[str, str]:
@@ -312,9 +310,10 @@ def wait_until_healthy(
         url = find_url()
         healthy = url is not None and _status(f"{url}/health") == 200
         if (ended := how_ended()) is not None:  # asked last: what answers may be another engine on the same port
+            told = engine_log.told(log, ended)
             raise RequantError(
-                f"{log}: the engine {ended} before it served: {engine_log.told(log)}; expected an answer to /health; "
-                "the log has the rest"
+                f"{log}: the engine {ended} before it served: {told}; expected an answer to /health; the log has "
+                "the rest"
             )
         if healthy:
             return url

@@ -344,7 +344,7 @@ def test_an_engine_that_never_gets_healthy_is_stopped(tmp_path, stand_in):
     [
         ("crashes", "the engine ended with status 1: ValueError: a head of 96 is not supported ({log})"),
         ("fails", "{log}: ValueError: a head of 96 is not supported"),
-        ("killed", "the engine was ended by SIGKILL (as where memory runs out): INFO: Uvicorn running on "),
+        ("killed", "the engine was ended by SIGKILL: INFO: Uvicorn running on "),
     ],
 )
 def test_an_engine_that_fails_while_it_is_asked_is_told_by_its_own_error(

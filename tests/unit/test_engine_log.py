@@ -315,8 +315,10 @@ def test_without_an_error_the_last_lines_are_told(tmp_path):
     log.write_bytes(b"one\n\n\x1b[32mtwo\x1b[0m\n0%\r50%\r100%\nthree\nfour\n\xff five\n")
     assert told(log) == "two | 100% | three | four | \ufffd five"
     assert last_lines("one\ntwo\n", 1) == "two"
+    assert told(log, "was ended by SIGKILL").endswith("five; the system ends a process so where memory runs out")
     log.write_text(SGLANG)
     assert told(log).startswith("NotImplementedError: ")
+    assert told(log, "was ended by SIGKILL") == told(log), "sglang ends its own processes so"
 
 
 def test_a_long_error_is_cut_and_stays_one_line():

@@ -1,0 +1,71 @@
+"""benchmarks/engines.py: every family has a case, what logs say of kernels is read, and a row is written once."""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import engines
+
+from requant.architecture import FAMILIES
+from requant.config import Target
+from requant.engine_keeps import KEEPS
+
+LOG = """\
+(EngineCore pid=7) INFO 11-30 20:45 [cuda.py:4] Using FLASH_ATTN_MLA attention backend out of potential backends: ['X']
+(EngineCore pid=7) INFO 11-30 20:45 [mla.py:4] Using FLASH_ATTN MLA prefill backend.
+(EngineCore pid=7) INFO 11-30 20:45 [nvfp4.py:4] Using MarlinNvFp4LinearKernel for NVFP4 GEMM
+(EngineCore pid=7) INFO 11-30 20:45 [fp4.py:4] Using 'MARLIN' NvFp4 MoE backend out of potential backends: ['X', 'Y']
+(EngineCore pid=7) INFO 11-30 20:45 [wna16.py:4] Using MacheteLinearKernel for CompressedTensorsWNA16
+(EngineCore pid=7) INFO 11-30 20:45 [moe.py:4] Using CompressedTensorsWNA16MarlinMoEMethod
+(EngineCore pid=7) INFO 11-30 20:45 [sampler.py:4] Using FlashInfer for top-p & top-k sampling.
+[2026-12-01 00:12:59] server_args=ServerArgs(model_path='model', attention_backend='triton', sampling_backend='pytorch')
+"""
+
+
+def test_every_family_has_a_case_and_those_of_engine_keeps_have_true_widths():
+    assert {case.family for case in engines.CASES.values()} == FAMILIES.keys()
+    for family in {family for keep in KEEPS for family in keep.families}:
+        sizes = engines.CASES[family].sizes
+        widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        assert [sizes[width] for width in widths] == [512, 64, 128, 128]
+
+
+def test_kernels_are_read_from_logs():
+    assert engines.kernels_in(LOG) == [
+        "CompressedTensorsWNA16MarlinMoEMethod",
+        "FLASH_ATTN MLA prefill backend",
+        "FLASH_ATTN_MLA attention backend",
+        "MARLIN NvFp4 MoE backend",
+        "MacheteLinearKernel for CompressedTensorsWNA16",
+        "MarlinNvFp4LinearKernel for NVFP4 GEMM",
+        "attention_backend='triton'",
+    ]
+
+
+def test_a_cell_has_one_row_and_is_not_measured_again(tmp_path):
+    out = tmp_path / "rows.json"
+    target = Target()
+    cells = [engines.Cell(case, scheme, target, False) for case in ("llama", "qwen3") for scheme in ("NVFP4", "BF16")]
+    assert engines.without_rows(cells, out) == cells
+    engines.put(out, cells[0], cells[0].key | {"served": False})
+    engines.put(out, cells[3], cells[3].key | {"served": True})
+    assert engines.without_rows(cells, out) == cells[1:3]
+    engines.put(out, cells[0], cells[0].key | {"served": True})
+    rows = engines.rows_in(out)
+    assert [(row["case"], row["scheme"], row["served"]) for row in rows] == [
+        ("llama", "NVFP4", True),
+        ("qwen3", "BF16", True),
+    ]
+    assert rows[0]["engine_version"] == version("transformers")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_engine_that_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["engines.py", "vllm"])
+    with pytest.raises(SystemExit):
+        engines.main()
+    assert "vllm: not a package of" in capsys.readouterr().err
