@@ -28,6 +28,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,7 +44,14 @@ from requant.config import Calibration, Deploy, Release, Target, Tuning  # noqa:
 from requant.engine_keeps import for_engine  # noqa: E402
 from requant.environment import machine  # noqa: E402
 from requant.errors import RequantError  # noqa: E402
-from requant.records import DeployRecord, FailedDeployRecord, PackRecord, ThroughputRecord, read_json  # noqa: E402
+from requant.records import (  # noqa: E402
+    DeployRecord,
+    FailedDeployRecord,
+    PackRecord,
+    ThroughputRecord,
+    read_json,
+    write_text,
+)
 from requant.schemes import SCHEMES  # noqa: E402
 
 KEYS = ("engine", "engine_version", "gpu", "devices", "case", "scheme", "all_packed")  # of a row
@@ -100,7 +108,7 @@ class Cell:
     target: Target
     all_packed: bool
 
-    @property
+    @cached_property
     def key(self) -> dict:
         engine, gpu, devices = self.target.engine, self.target.gpu, self.target.devices
         values = (engine, version(engine), gpu, devices, self.case, self.scheme, self.all_packed)
@@ -183,10 +191,7 @@ def measure(cell: Cell, model: Path, folder: Path) -> dict:
         row["tokens_per_second"] = {level.concurrency: level.total_tokens_per_second.median for level in levels}
     elif failed.exists():
         found = read_json(failed, FailedDeployRecord)
-    row |= {
-        "served": found is not None,
-        "kernels": sorted({" ".join(filter(None, it)) for it in KERNEL.findall(words)}),
-    }
+    row |= {"served": found is not None, "kernels": kernels_in(words)}
     if found is None:
         row["engine_error"] = engine_log.first_error(words)
     else:
@@ -205,12 +210,10 @@ def rows_in(out: Path) -> list[dict]:
 
 
 def put(out: Path, cell: Cell, row: dict) -> None:
-    """Writes the row of a cell into the file, in place of one that it has; the file appears whole."""
+    """Writes the row of a cell into the file, in place of one that it has."""
     rows = [*(other for other in rows_in(out) if not same(other, cell)), row]
     rows.sort(key=lambda row: [str(row[key]) for key in KEYS])
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    part.replace(out)
+    write_text(out, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def without_rows(cells: list[Cell], out: Path) -> list[Cell]:
@@ -237,7 +240,11 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
                 continue
             serving[servers.submit(measure, cell, models[cell.case], folders[cell])] = cell
         for served in as_completed(serving):
-            cell, row = serving[served], served.result() | {"machine": machine().model_dump()}
+            cell = serving[served]
+            if (error := served.exception()) is not None:
+                print(cell.case, cell.scheme, f"is not measured: {error}", flush=True)
+                continue
+            row = served.result() | {"machine": machine().model_dump()}
             if logs is not None:
                 logs.mkdir(parents=True, exist_ok=True)
                 name = f"{cell.target.engine} {cell.case} {cell.scheme}".replace(",", "").replace(" ", "-")

@@ -50,23 +50,26 @@ KEEPS = (
 _WHY = {keep.pattern: keep.why for keep in KEEPS}
 
 
+def _needed(model_type: str, target: Target) -> list[EngineKeep]:
+    if target.weights == "decoded":
+        return []
+    return [it for it in KEEPS if it.engine == target.engine and model_type in it.families]
+
+
 def for_engine(release: Release, model_type: str, target: Target) -> Release:
     """`release` with what the engine of its target needs unpacked in its `keep`, behind its own patterns.
 
     model_type: of its model's config.json. An engine that is given decoded weights needs nothing.
     """
-    if not SCHEMES[release.scheme].quantizes or target.weights == "decoded":
+    if not SCHEMES[release.scheme].quantizes:
         return release
-    needed = [it.pattern for it in KEEPS if it.engine == target.engine and model_type in it.families]
-    more = [pattern for pattern in needed if pattern not in release.keep]
+    more = [it.pattern for it in _needed(model_type, target) if it.pattern not in release.keep]
     return release.model_copy(update={"keep": [*release.keep, *more]}) if more else release
 
 
 def packed_problem(packed: Iterable[str], model_type: str, target: Target) -> str | None:
     """Which of the `packed` Linears of a checkpoint the engine of `target` needs in BF16, and why; None if none."""
-    if target.weights == "decoded":
-        return None
-    needed = [it for it in KEEPS if it.engine == target.engine and model_type in it.families]
+    needed = _needed(model_type, target)
     for name in packed:
         for it in needed:
             if re.search(it.pattern, name):
