@@ -38,9 +38,14 @@ BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EXPERT_TENSOR = re.compile(r"(?:.+\.)?mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 EXPERT = re.compile(r"((?:.+\.)?mlp\.experts)\.\d+\.(?:gate_proj|up_proj|down_proj)")  # a Linear of a routed expert
 
-# Projections of one input whose matrix products engines fuse: they must have one weight_global_scale.
-# (vLLM and sglang: QKVParallelLinear, MergedColumnParallelLinear, fused_qkv_a_proj of MLA, fused MoE w13.)
-FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+# Projections of one input whose matrix products engines fuse, by the names of these layers in sglang: they must have
+# one weight_global_scale. (vLLM and sglang: QKVParallelLinear, MergedColumnParallelLinear, fused_qkv_a_proj of MLA,
+# fused MoE w13.)
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 # Linears that stay in BF16: they choose experts or keys, and cost next to nothing. vLLM and sglang make one BF16
 # product of the indexer's wk and weights_proj.
@@ -133,7 +138,7 @@ def fused_groups(weights: list[str]) -> list[list[str]]:
     siblings: dict[tuple[str, int], list[str]] = {}
     for name in weights:
         parent, _, leaf = name.removesuffix(".weight").rpartition(".")
-        for index, members in enumerate(FUSED):
+        for index, members in enumerate(FUSED.values()):
             if leaf in members:
                 siblings.setdefault((parent, index), []).append(name)
     return sorted(sorted(group) for group in siblings.values() if len(group) > 1)

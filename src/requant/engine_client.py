@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from requant.distances import Row
 from requant.errors import RequantError, plain
 from requant.jobs import progress
-from requant.replay import Served
+from requant.replay import INCOMPLETE, Served
 from requant.serving import Server, trouble
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def ask(client: "OpenAI", model: str, tokenizer: Any, prompt: str, max_tokens: i
         steps = ["".join(pieces[: number + 1]) for number in range(written)]
     else:
         steps = ["".join(stream(client, model, prompt, limit)[0]) for limit in range(1, written)] + ["".join(pieces)]
-    return Served(prompt, prompt_ids, steps, read=read)
+    # Of bytes that complete no character an engine shows nothing, or a mark if the answer ends there.
+    return Served(prompt, prompt_ids, [step.rstrip(INCOMPLETE) for step in steps], read=read)
 
 
 def stream(client: "OpenAI", model: str, prompt: str, max_tokens: int) -> tuple[list[str], int, int]:

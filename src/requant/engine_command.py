@@ -64,6 +64,8 @@ def engine_command(
         command += ["--kv-cache-dtype", KV_CACHE[target.engine][target.kv_cache]]
     if target.context is not None:
         command += ["--context-length" if sglang else "--max-model-len", str(target.context)]
+    if sglang:  # which kills itself when a first request compiles kernels for longer than that, 300 s if not told
+        command += ["--watchdog-timeout", str(target.startup_seconds)]
     command += ["--mem-fraction-static" if sglang else "--gpu-memory-utilization", f"{target.memory_fraction:g}"]
     return [*command, *target.arguments]
 

@@ -68,7 +68,7 @@ def fused_layers(linears: Iterable[str]) -> list[list[str]]:
         if (expert := EXPERT.fullmatch(name)) is not None:
             layers.setdefault((expert[1], "experts"), []).append(name)
         else:
-            for members in FUSED:
+            for members in FUSED.values():
                 if leaf in members:
                     layers.setdefault((parent, members), []).append(name)
     return [layer for layer in layers.values() if len(layer) > 1]

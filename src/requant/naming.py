@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from requant.architecture import BLOCK_TENSOR
+from requant.architecture import BLOCK_TENSOR, EXPERT, FUSED
 from requant.errors import RequantError, brief
 from requant.records import TensorEntry
 from requant.safetensors_io import DTYPE_BYTES
@@ -70,11 +70,16 @@ def released_name(name: str, config: dict[str, Any]) -> str:
 def engine_names(name: str, config: dict[str, Any]) -> set[str]:
     """What serving engines may ask for when they look whether the module that requant calls `name` is quantized.
 
-    vLLM asks for the experts of a Mixtral by its own names of projections, under Mixtral's name of their module.
+    vLLM asks for the experts of a Mixtral by its own names of projections, under Mixtral's name of their module. sglang
+    asks for a layer that it fuses by the name of that layer, and for a block's experts by that of their module (0.5.16,
+    DeepSeek-V3; what of a fused layer stays in BF16 is all of it).
     """
     released = released_name(name, config)
-    leaf = name.rpartition(".")[2]
-    return {released, f"{released.rpartition('.')[0]}.{leaf}"}
+    module, leaf = released.rpartition(".")[0], name.rpartition(".")[2]
+    asked = {released, f"{module}.{leaf}"}
+    if EXPERT.fullmatch(name):
+        return asked | {module.rpartition(".")[0]}
+    return asked | {f"{module}.{fused}" for fused, members in FUSED.items() if leaf in members}
 
 
 def _renamed(match: re.Match, parent: str, projections: dict[str, str]) -> str:

@@ -305,8 +305,8 @@ def wait_until_healthy(
     find_url: the URL as soon as it is known. how_ended: how the engine ended, None while it runs. Raises RequantError
     with the first real error in the log, else its last lines, if it ends, or does not answer in `seconds`.
     """
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < seconds:
         url = find_url()
         healthy = url is not None and _status(f"{url}/health") == 200
         if (ended := how_ended()) is not None:  # asked last: what answers may be another engine on the same port
@@ -317,7 +317,7 @@ def wait_until_healthy(
             )
         if healthy:
             return url
-        time.sleep(POLL_SECONDS)
+        time.sleep(max(POLL_SECONDS, min(waited / 20, 1)))  # engines write a line a check into their logs
     text = engine_log.read(log)
     error = engine_log.first_error(text)
     doing = f"its log has {error}" if error else f"its log ends with {engine_log.last_lines(text, 1)}"

@@ -192,7 +192,8 @@ def test_the_request_for_gpus_is_exactly_what_the_target_names():
         "entrypoint": ["python3"],
         "command": ["-m", "sglang.launch_server", "--model-path", "/model", "--served-model-name", "mine"]
         + ["--host", "0.0.0.0", "--port", "30000", "--tensor-parallel-size", "8"]
-        + ["--quantization", "compressed-tensors", "--mem-fraction-static", "0.85", "--moe-runner-backend", "b12x"],
+        + ["--quantization", "compressed-tensors", "--watchdog-timeout", "3600"]
+        + ["--mem-fraction-static", "0.85", "--moe-runner-backend", "b12x"],
         "environment": {
             "DO_NOT_TRACK": "1",
             "NO_COLOR": "1",

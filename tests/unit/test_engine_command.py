@@ -44,8 +44,10 @@ def flags(command: list[str]) -> dict[str, str | None]:
 
 
 def test_the_sm120_command_has_the_public_releases_flags():
-    """A checkpoint of ModelOpt is served by the very flags; one of compressed-tensors by its own name."""
+    """A checkpoint of ModelOpt is served by the very flags; one of compressed-tensors by its own name. The engine has
+    longer for its first kernels."""
     own = {"--model-path": "/model", "--served-model-name": "big", "--host": "127.0.0.1", "--port": "30000"}
+    own["--watchdog-timeout"] = "3600"
     for quantization in ("modelopt_fp4", "compressed-tensors"):
         command = engine_command(target("sm120-sglang"), "/model", "big", 30000, quantization=quantization)
         assert command[:3] == ["python3", "-m", "sglang.launch_server"]
@@ -80,6 +82,7 @@ def test_vllm_and_sglang_write_the_same_settings_in_their_own_way():
     }  # fmt: skip
     sglang = flags(engine_command(Target(engine="sglang", **common), "/model", "m", 1))
     assert (sglang["--kv-cache-dtype"], sglang["--context-length"]) == ("bf16", "32768")
+    assert sglang["--watchdog-timeout"] == "3600", "of a target with GPUs: a first request compiles kernels"
     assert sglang["--mem-fraction-static"] == "0.9" and "--quantization" not in sglang
 
 

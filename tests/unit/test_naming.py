@@ -104,9 +104,25 @@ def test_mixtrals_names_there_and_back():
 def test_engines_find_a_kept_expert_of_mixtral_by_either_name():
     name, mixtral = "model.layers.1.mlp.experts.7.up_proj", {"model_type": "mixtral"}
     module = "model.layers.1.block_sparse_moe.experts.7"
-    assert engine_names(name, mixtral) == {f"{module}.w3", f"{module}.up_proj"}
-    assert engine_names(name, {"model_type": "qwen3_moe"}) == {name}
-    assert engine_names("model.layers.1.self_attn.q_proj", mixtral) == {"model.layers.1.self_attn.q_proj"}
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert engine_names(name, mixtral) == {f"{module}.w3", f"{module}.up_proj", experts}
+    assert engine_names(name, {"model_type": "qwen3_moe"}) == {name, "model.layers.1.mlp.experts"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("self_attn.q_proj", "self_attn.qkv_proj"),
+        ("self_attn.q_a_proj", "self_attn.fused_qkv_a_proj_with_mqa"),
+        ("mlp.shared_experts.up_proj", "mlp.shared_experts.gate_up_proj"),
+        ("mlp.down_proj", None),
+        ("mlp.gate", None),
+    ],
+)
+def test_engines_find_a_kept_layer_by_the_name_of_what_they_make_of_it(name, fused):
+    block = "model.layers.1"
+    expected = {f"{block}.{each}" for each in (name, fused) if each}
+    assert engine_names(f"{block}.{name}", {"model_type": "deepseek_v3"}) == expected
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v32"])

@@ -13,7 +13,7 @@ import tiny
 import torch
 from demo_release import DEMO, DemoRelease, evaluate_record, make_release, reference_text
 
-from requant import decisions, deploy, smoke, vocabulary
+from requant import decisions, deploy, engine_client, smoke, vocabulary
 from requant.checkpoint import Checkpoint
 from requant.config import Deploy, Target, Throughput
 from requant.distances import Reading, Row, distances, seen_by
@@ -397,6 +397,19 @@ def test_a_check_that_is_missing_or_there_twice_is_an_error():
     for wrong in (checks[:-1], [*checks, checks[0]]):
         with pytest.raises(RequantError, match="expected"):
             smoke.in_order(wrong)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufffd"])
+def test_what_an_engine_shows_of_a_character_that_is_cut_off_is_no_text(monkeypatch, mark):
+    """Where an answer ends in the middle of a character, vLLM shows nothing and sglang a mark."""
+    texts = ["a", f"a{mark}", f"a{mark}", "a🙂"]
+
+    def stream(client, model, prompt, limit):
+        return ["a", "🙂"] if limit == 4 else [texts[limit - 1]], 1, limit
+
+    monkeypatch.setattr(engine_client, "stream", stream)
+    answer = engine_client.ask(None, "m", lambda prompt: {"input_ids": [1]}, "p", 4)
+    assert answer.steps == ["a", "a", "a", "a🙂"]
 
 
 def test_log_probabilities_that_several_tokens_share_a_name_of_are_not_known():
