@@ -10,6 +10,7 @@ written when it is there, and a cell of the table that has one for this version 
 the same command goes on where it was stopped.
 
     --at-once N     cells at a time, on one GPU
+    --table         measures nothing: writes src/requant/engine_runs.csv, which planning reads, from the rows
     --all-packed    nothing stays in BF16 for the engine, and nothing is decoded for it: what it can't do is measured so
     --again         measure cells that have rows once more
     --logs FOLDER   keep each engine's log there, and deploy.failed.json, which has its answers
@@ -20,6 +21,8 @@ the same command goes on where it was stopped.
 """
 
 import argparse
+import csv
+import io
 import json
 import os
 import re
@@ -27,7 +30,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -42,6 +45,7 @@ import tiny  # noqa: E402
 from requant import deploy, engine_log  # noqa: E402
 from requant.config import Calibration, Deploy, Release, Target, Tuning  # noqa: E402
 from requant.engine_keeps import for_engine  # noqa: E402
+from requant.engine_runs import COLUMNS, CPU, TABLE, Run  # noqa: E402
 from requant.environment import machine  # noqa: E402
 from requant.errors import RequantError  # noqa: E402
 from requant.records import (  # noqa: E402
@@ -276,6 +280,34 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
             print(cell.case, cell.scheme, row.get("verdict") or row.get("error"), f"{row['seconds']:.0f} s", flush=True)
 
 
+def run_of(row: dict) -> Run:
+    """The line of the table for a row."""
+    failed = [name for name, found in row.get("checks", {}).items() if found.startswith("failed")]
+    told = "" if row.get("verdict") == "passed" else ", ".join(failed) or row["engine_error"]
+    off = re.search(r"([\d.]+) times as far off", row.get("checks", {}).get("log_probabilities", ""))
+    return Run(
+        engine=row["engine"],
+        version=row["engine_version"],
+        gpu=row["gpu"] or CPU,
+        case=row["case"],
+        scheme=row["scheme"],
+        packed="all" if row["all_packed"] else "as planned",
+        outcome="refused" if not row["served"] else "served" if row["verdict"] == "passed" else "wrong",
+        off=off[1] if off else "",
+        kernels="; ".join(row["kernels"]),
+        told=told,
+    )
+
+
+def write_table(rows: list[dict], path: Path) -> None:
+    """The table that planning reads, of rows by one GPU or none."""
+    text = io.StringIO()
+    lines = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(asdict(run_of(row)) for row in rows if row["devices"] == 1)
+    write_text(path, text.getvalue())
+
+
 def same(row: dict, cell: Cell) -> bool:
     return all(row[key] == value for key, value in cell.key.items())
 
@@ -297,7 +329,7 @@ def target_of(options: argparse.Namespace) -> Target:
 def main() -> None:
     schemes = list(SCHEMES)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("engine", choices=["transformers", "vllm", "sglang"])
+    parser.add_argument("engine", nargs="?", choices=["transformers", "vllm", "sglang"])
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--scheme", nargs="+", choices=schemes, default=schemes)
     parser.add_argument("--at-once", type=int, default=1)
@@ -305,11 +337,16 @@ def main() -> None:
     parser.add_argument("--startup", type=int, default=900, help="seconds that a start may take")
     parser.add_argument("--argument", action="append", default=[])
     parser.add_argument("--variable", action="append", default=[])
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--all-packed", action="store_true")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--logs", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    if options.table:
+        return write_table(rows_in(options.out), TABLE)
+    if options.engine is None:
+        parser.error("expected an engine: transformers, vllm or sglang; or --table")
     try:
         version(options.engine)
     except PackageNotFoundError:

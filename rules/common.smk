@@ -546,7 +546,7 @@ def preflight(release):
     if moe_blocks(model):
         or_stop(check_activation, release, settings, model_config)
     say_once(or_stop(check_linears, release, settings, linear_widths(model_shapes(model).kinds)))
-    or_stop(check_scheme, release, scheme, target, CONFIG.targets[target])
+    or_stop(check_scheme, release, scheme, target, CONFIG.targets[target], model_config)
     or_stop(check_family, release, model_config["model_type"], target, CONFIG.targets[target])
     check_target_memory(release)
     kept = CONFIG.keep_hidden_states

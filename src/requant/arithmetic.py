@@ -24,7 +24,8 @@ NOT_RUN = "not run here"
 class Fact:
     """What `engine` of `version` does with releases of `scheme` on GPUs from sm`first` to sm`last` (None: and later).
 
-    said: its own words, where it refuses; basis: what this rests on.
+    said: its own words, where it refuses; basis: what this rests on. experts: whether it is so of mixtures of experts
+    alone, or of all other models alone; of both if None.
     """
 
     engine: str
@@ -35,6 +36,7 @@ class Fact:
     version: str
     basis: str
     said: str | None = None
+    experts: bool | None = None
 
 
 ON_H200 = "run on an H200, sm90"
@@ -49,16 +51,19 @@ FACTS = (
     ),
     Fact("sglang", "NVFP4", 100, None, ROUNDED, "0.5.16", f"its documentation; {NOT_RUN}"),
     Fact(
-        *("vllm", "W3A16", 0, None, REFUSED, "0.26.0", f"{ON_H200}: a mixture of experts"),
+        *("vllm", "W3A16", 0, None, REFUSED, "0.26.0", ON_H200),
         said="CompressedTensorsWNA16MarlinMoEMethod only supports int4 and int8 now",
+        experts=True,
     ),
+    Fact("vllm", "W3A16", 0, 74, REFUSED, "0.26.0", f"its code: Humming from sm75 on; {NOT_RUN}", experts=False),
+    Fact("vllm", "W3A16", 75, None, ALONE, "0.26.0", f"its code; {ON_H200}: Humming", experts=False),
     Fact(
         *("sglang", "W3A16", 0, None, REFUSED, "0.5.16", ON_H200),
         said="Other method (CompressedTensorsW4A16Sparse24) is not supported now",
     ),
     Fact("vllm", "W4A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Marlin in Linears and experts"),
-    Fact("sglang", "W4A16", 0, None, ALONE, "0.5.16", f"{ON_H200}: loaded, not asked"),
-    Fact("vllm", "W8A16", 0, None, ALONE, "0.26.0", f"its documentation; {NOT_RUN}"),
+    Fact("sglang", "W4A16", 0, None, ALONE, "0.5.16", f"{ON_H200}: Marlin in Linears and experts"),
+    Fact("vllm", "W8A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Marlin in Linears and experts"),
     Fact("sglang", "W8A16", 0, None, ALONE, "0.5.16", f"its documentation; {NOT_RUN}"),
 )
 
@@ -75,11 +80,15 @@ WEIGHTS_ALONE = re.compile(r"marlin", re.IGNORECASE)
 FALLBACK = re.compile(r"Weight-only FP4 compression will be used")
 
 
-def fact(engine: str, scheme: Scheme, gpu: str) -> Fact | None:
-    """What is known of `engine` with `scheme` on `gpu` (sm90); None where nothing is, as of BF16."""
+def fact(engine: str, scheme: Scheme, gpu: str, experts: bool = True) -> Fact | None:
+    """What is known of `engine` with `scheme` on `gpu` (sm90); None where nothing is, as of BF16.
+
+    experts: whether the release is a mixture of experts.
+    """
     architecture = int(gpu.removeprefix("sm"))
     for found in FACTS:
         there = found.first <= architecture and (found.last is None or architecture <= found.last)
+        there = there and found.experts in (None, experts)
         if there and (found.engine, found.scheme) == (engine, scheme.name):
             return found
     return None

@@ -394,7 +394,8 @@ def target_plan(subject: Subject, model: Structure, released: int, scheme: Schem
         cache_bytes_per_token(model.config, target.devices, target.kv_cache),
     )
     tokens = cached_tokens(target, each, per_token)
-    problem = unsupported(scheme, target) or family_problem(model.config["model_type"], target)
+    family, experts = model.config["model_type"], routed_experts(model.config) > 0
+    problem = unsupported(scheme, target, family, experts) or family_problem(family, target)
     limit = model.config.get("max_position_embeddings")
     context = None if tokens is None else max(0, min(tokens // target.concurrency, limit or tokens))
     wanted = wanted_context(target, model.config, subject.calibration.seqlen)

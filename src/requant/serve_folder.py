@@ -55,7 +55,7 @@ def planned(folder: Path, target_name: str, target: Target) -> Serving:
     if reason is None:
         check_quantization(str(folder), quantization, target)
     family = str(config.get("model_type"))
-    problem = (scheme and unsupported(scheme, target)) or family_problem(family, target)
+    problem = (scheme and unsupported(scheme, target, family, moe)) or family_problem(family, target)
     if problem is None and reason is None:
         packed = [name.removesuffix(PACKED) for name in checkpoint.index if name.endswith(PACKED)]
         problem = packed_problem(packed, family, target)

@@ -18,6 +18,7 @@ from requant.architecture import EXPERT_TENSOR, block_of, head_width, is_draftin
 from requant.config import Target
 from requant.docker_host import SOCKET, docker_host
 from requant.dtypes import main_dtype, released_dtype
+from requant.engine_runs import last_run
 from requant.errors import RequantError
 from requant.linears import choose
 from requant.schemes import Scheme
@@ -39,10 +40,12 @@ DEVICE_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # that share heads and experts out eve
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver; the same under WSL
 
 
-def unsupported(scheme: Scheme, target: Target) -> str | None:
+def unsupported(scheme: Scheme, target: Target, model_type: str, experts: bool) -> str | None:
     """Why the engine of `target` refuses releases of `scheme`; None if it serves them.
 
-    `transformers` serves all of them: what it can't compute is decoded to BF16 first. All engines serve BF16.
+    model_type: of the release's config.json; experts: whether it is a mixture of experts. What the engine was seen to
+    do with that family goes before what is known of it in general. `transformers` serves all of them: what it can't
+    compute is decoded to BF16 first. All engines serve BF16.
     """
     if target.engine == "transformers" or target.weights == "decoded":
         return None
@@ -52,9 +55,11 @@ def unsupported(scheme: Scheme, target: Target) -> str | None:
             f"`quantization: {target.quantization}` reads checkpoints of that format, a release is "
             f"{found or 'not quantized'}"
         )
+    if (run := last_run(target.engine, model_type, scheme.name, target.gpu)) is not None:
+        return run.problem
     if not scheme.quantizes:
         return None
-    known = arithmetic.fact(target.engine, scheme, target.gpu)
+    known = arithmetic.fact(target.engine, scheme, target.gpu, experts)
     if known is None:
         return f"nothing is known of {target.engine} with {scheme.name} on {target.gpu}"
     if known.does != arithmetic.REFUSED:
@@ -63,9 +68,12 @@ def unsupported(scheme: Scheme, target: Target) -> str | None:
     return f"{known.engine} {known.version} refuses {scheme.name} on {target.gpu} ({known.basis}{said})"
 
 
-def check_scheme(release: str, scheme: Scheme, name: str, target: Target) -> None:
-    """Raises RequantError if `target`, called `name`, can't serve `release`, which is of `scheme`."""
-    if (reason := unsupported(scheme, target)) is not None:
+def check_scheme(release: str, scheme: Scheme, name: str, target: Target, config: dict[str, Any]) -> None:
+    """Raises RequantError if `target`, called `name`, can't serve `release`, which is of `scheme`.
+
+    config: its model's config.json.
+    """
+    if (reason := unsupported(scheme, target, config["model_type"], routed_experts(config) > 0)) is not None:
         raise RequantError(
             f"releases.{release}: scheme {scheme.name} can't be served at target {name!r}: {reason}; "
             "expected another scheme, or another deploy.target"

@@ -12,11 +12,14 @@ from requant.container import container_request
 from requant.engine_arguments import FAMILIES, FAMILIES_OF, FLAGS, NO_SWITCHES, VARIABLES, VARIABLES_OF
 from requant.engine_command import docker_command, engine_command, is_pinned, shell
 from requant.engine_keeps import KEEPS
+from requant.engine_runs import Run, runs
 from requant.reproduce import checkout
 from requant.schemes import SCHEMES
 from requant.target_files import FOLDER, read_targets, target_named
 from requant.targets import holds_packed, unsupported
 
+ANY_FAMILY = ""  # none that was run: what is said of an engine in general
+OF = {None: "", True: " with experts", False: " without experts"}
 CHECKPOINT, NAME, PORT = "/data/my-release", "my-release", 8000  # of the commands shown
 
 INDEX = """\
@@ -63,6 +66,16 @@ the one that was evaluated: the smoke test holds it against requant's own chain 
 {facts}
 
 What an engine's own log says of its kernels is believed before this table.
+
+## What engines were seen to serve
+
+Random models of each family, of widths that kernels for GPUs take, as `benchmarks/engines.py` makes and serves them by
+the engine as a program: plain rounding, all that the engine needs in BF16 kept so, and the checks of the smoke test.
+Planning goes by this table first: a family in a format that its engine refused, or answered wrongly, is refused with
+the engine's words. A number says how far log-probabilities were off, in times of what rounding explains; 1.25 is
+allowed. What has no cell was not run, and goes by the table above.
+
+{runs}
 
 ## What engines take in BF16
 
@@ -137,6 +150,7 @@ def index(targets: dict[str, Target]) -> str:
         table=table,
         facts=_facts(),
         keeps=_keeps(),
+        runs=_runs(),
         pinning=pinning,
         flags="\n\n".join(f"**{engine}**\n\n{_flags(engine)}" for engine in FLAGS),
         closed=", ".join(f"`{part}`" for part in re.findall(r"[A-Z]+(?:_[A-Z]+)*", NO_SWITCHES.pattern)),
@@ -160,7 +174,17 @@ def _names(names: Iterable[str]) -> str:
 
 
 def served_schemes(target: Target) -> str:
-    return ", ".join(name for name, scheme in SCHEMES.items() if unsupported(scheme, target) is None)
+    """What the engine serves of families that were not run: all of it, or of models without routed experts alone."""
+    found = {name: _refusals(name, target) for name in SCHEMES}
+    served = [name for name, (moe, dense) in found.items() if moe is None and dense is None]
+    dense_alone = [name for name, (moe, dense) in found.items() if moe is not None and dense is None]
+    return ", ".join([*served, *(f"{name} without experts" for name in dense_alone)])
+
+
+def _refusals(name: str, target: Target) -> tuple[str | None, str | None]:
+    """Why a scheme's mixtures of experts are refused, and why other models are."""
+    moe, dense = (unsupported(SCHEMES[name], target, ANY_FAMILY, experts) for experts in (True, False))
+    return moe, dense
 
 
 def page(name: str, target: Target) -> str:
@@ -205,8 +229,9 @@ def _memory(target: Target) -> str:
 
 
 def _verdict(name: str, target: Target) -> str:
-    if (reason := unsupported(SCHEMES[name], target)) is not None:
-        return f"no: {reason}"
+    moe, dense = _refusals(name, target)
+    if moe is not None:
+        return f"no: {moe}" if dense is not None else f"models without routed experts; of others: {moe}"
     if SCHEMES[name].quantizes and not holds_packed(target):
         return "decoded to BF16 first" if SCHEMES[name].is_nvfp4 else "unpacked to BF16 by transformers"
     if SCHEMES[name].quantizes_activations:
@@ -218,9 +243,39 @@ def _facts() -> str:
     """The table of what engines compute with."""
     said = {it: f": `{it.said}`" if it.said else "" for it in FACTS}
     rows = [
-        f"| {it.engine} {it.version} | {it.scheme} | {_gpus(it)} | {it.does} | {it.basis}{said[it]} |" for it in FACTS
+        f"| {it.engine} {it.version} | {it.scheme}{OF[it.experts]} | {_gpus(it)} | {it.does} | {it.basis}{said[it]} |"
+        for it in FACTS
     ]
     return "\n".join(["| engine | scheme | GPUs | | rests on |", "|---|---|---|---|---|", *rows])
+
+
+def _runs() -> str:
+    """A table for each engine: a line a family, a column a scheme; what went wrong is below it."""
+    return "\n\n".join(
+        _runs_of(title, [run for run in runs() if (run.where, run.packed) == (title, packed)], packed)
+        for title, packed in dict.fromkeys((run.where, run.packed) for run in runs())
+    )
+
+
+def _runs_of(title: str, found: list[Run], packed: str) -> str:
+    told = list(dict.fromkeys(run.told for run in found if run.told))
+    cells = {(run.case, run.scheme): _run(run, told) for run in found}
+    rows = [
+        f"| {case} | " + " | ".join(cells.get((case, scheme), "") for scheme in SCHEMES) + " |"
+        for case in dict.fromkeys(run.case for run in found)
+    ]
+    notes = [f"{number}. `{_cell(text)}`" for number, text in enumerate(told, 1)]
+    head = f"**{title}**" + (", all Linears packed" if packed == "all" else "")
+    table = "\n".join([f"| | {' | '.join(SCHEMES)} |", "|---" * (len(SCHEMES) + 1) + "|", *rows])
+    return "\n\n".join([head, table, *(["\n".join(notes)] if notes else [])])
+
+
+def _run(run: Run, told: list[str]) -> str:
+    """A cell: how far off, or the number of what was told."""
+    if run.outcome == "served":
+        return f"yes, {run.off}" if run.off else "yes"
+    number = f" ({told.index(run.told) + 1})"
+    return ("refused" if run.outcome == "refused" else f"wrong, {run.off}" if run.off else "wrong") + number
 
 
 def _keeps() -> str:

@@ -49,7 +49,8 @@ def test_every_scheme_that_quantizes_has_a_fact_on_each_gpu():
     for engine in ("vllm", "sglang"):
         for architecture in ("sm75", "sm80", "sm89", "sm90", "sm100", "sm103", "sm120"):
             for scheme in SCHEMES.values():
-                assert (fact(engine, scheme, architecture) is None) == (not scheme.quantizes)
+                for experts in (True, False):
+                    assert (fact(engine, scheme, architecture, experts) is None) == (not scheme.quantizes)
     assert all((it.said is not None) <= (it.does == REFUSED) for it in FACTS)
 
 

@@ -13,6 +13,7 @@ import engines
 from requant.architecture import FAMILIES
 from requant.config import Target
 from requant.engine_keeps import KEEPS
+from requant.engine_runs import TABLE
 
 LOG = """\
 (EngineCore pid=7) INFO 11-30 20:45 [cuda.py:4] Using FLASH_ATTN_MLA attention backend out of potential backends: ['X']
@@ -62,6 +63,28 @@ def test_a_cell_has_one_row_and_is_not_measured_again(tmp_path):
     ]
     assert rows[0]["engine_version"] == version("transformers")
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_table_that_planning_reads_is_that_of_the_rows(tmp_path):
+    engines.write_table(engines.rows_in(engines.OUT), tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text() == TABLE.read_text(), "run: python benchmarks/engines.py --table"
+
+
+@pytest.mark.parametrize(
+    ("row", "outcome", "told"),
+    [
+        ({"served": False, "engine_error": "ValueError: no"}, "refused", "ValueError: no"),
+        ({"served": True, "verdict": "passed", "checks": {"greedy": "passed: 1.0"}}, "served", ""),
+        ({"served": True, "verdict": "failed", "checks": {"greedy": "failed: 0.1", "a": "passed:"}}, "wrong", "greedy"),
+        ({"served": True, "verdict": "failed", "checks": {"log_probabilities": "failed: 9.3 times as far off as"}},
+         "wrong", "log_probabilities"),
+    ],
+)  # fmt: skip
+def test_a_row_is_a_line_of_the_table(row, outcome, told):
+    cell = {"engine": "vllm", "engine_version": "1", "gpu": None, "devices": 1, "case": "llama", "scheme": "NVFP4"}
+    found = engines.run_of(cell | {"all_packed": True, "kernels": ["a", "b"]} | row)
+    assert (found.outcome, found.told, found.gpu, found.packed, found.kernels) == (outcome, told, "cpu", "all", "a; b")
+    assert found.off == ("9.3" if told == "log_probabilities" else "")
 
 
 def test_an_engine_that_is_not_installed_is_named(capsys, monkeypatch):

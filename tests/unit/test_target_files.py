@@ -11,7 +11,7 @@ from requant.standalone import standalone
 from requant.target_files import FOLDER, read_targets, target_named, with_targets
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["cpu-docker", "cpu-transformers", "sm100-sglang", "sm100-vllm", "sm120-sglang", "sm90-vllm"]
+NAMES = ["cpu-docker", "cpu-transformers", "sm100-sglang", "sm100-vllm", "sm120-sglang", "sm90-sglang", "sm90-vllm"]
 RELEASE = {
     "models": {"m": {"path": "m"}},
     "releases": {"r": {"model": "m", "scheme": "NVFP4", "deploy": {"target": "sm120-sglang"}}},

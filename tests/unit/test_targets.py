@@ -1,14 +1,16 @@
 """What a target can serve, told before anything is built: each refusal is one line with what was found and expected."""
 
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import tiny
 
-from requant import targets
+from requant import engine_runs, targets
 from requant.checkpoint import Checkpoint
 from requant.config import Target, parse
+from requant.engine_runs import Run
 from requant.errors import RequantError
 from requant.fp8 import without_scales
 from requant.locks import tensors_of
@@ -37,6 +39,9 @@ MLA |= {"qk_rope_head_dim": 64, "num_hidden_layers": 61, "num_key_value_heads": 
 V32 = MLA | {"index_head_dim": 128, "max_position_embeddings": 163840, "model_type": "deepseek_v32"}
 
 
+OTHER, OTHER_MOE = {"model_type": "gemma3"}, {"model_type": "gpt_oss", "num_local_experts": 32}  # that were not run
+
+
 def gpu(engine: str, architecture: str, **keys) -> Target:
     return Target(engine=engine, device="cuda", gpu=architecture, **keys)
 
@@ -47,25 +52,51 @@ def gpu(engine: str, architecture: str, **keys) -> Target:
 def test_nvfp4_is_refused_where_its_engine_refuses_it():
     for architecture in ("sm80", "sm89", "sm90"):
         with pytest.raises(RequantError) as raised:
-            check_scheme("r", SCHEMES["NVFP4"], "here", gpu("sglang", architecture))
+            check_scheme("r", SCHEMES["NVFP4"], "here", gpu("sglang", architecture), OTHER_MOE)
         assert str(raised.value) == (
             f"releases.r: scheme NVFP4 can't be served at target 'here': sglang 0.5.16 refuses NVFP4 on {architecture} "
             "(run on an H200, sm90: Current platform does not support w4a4 nvfp4 quantization); expected another "
             "scheme, or another deploy.target"
         )
-        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", architecture))
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", architecture), OTHER_MOE)
     with pytest.raises(RequantError, match=r"vllm 0\.26\.0 refuses NVFP4 on sm70 \(its code: Marlin from sm75 on"):
-        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", "sm70"))
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu("vllm", "sm70"), OTHER_MOE)
     for engine, architecture in product(("vllm", "sglang"), ("sm100", "sm103", "sm120")):
-        check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture))
+        check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, architecture), OTHER_MOE)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_integers_of_three_bits_have_no_kernels_there(engine):
     with pytest.raises(RequantError, match=rf"{engine} [\d.]+ refuses W3A16 on sm90 \(run on an H200, sm90: "):
-        check_scheme("r", SCHEMES["W3A16"], "here", gpu(engine, "sm90"))
+        check_scheme("r", SCHEMES["W3A16"], "here", gpu(engine, "sm90"), OTHER_MOE)
     for name in ("W4A16", "W8A16"):
-        check_scheme("r", SCHEMES[name], "here", gpu(engine, "sm90"))
+        check_scheme("r", SCHEMES[name], "here", gpu(engine, "sm90"), OTHER_MOE)
+
+
+def test_a_family_that_was_run_is_refused_as_the_engine_did():
+    target = gpu("vllm", "sm90")
+    with pytest.raises(RequantError) as raised:
+        check_scheme("r", SCHEMES["W3A16"], "here", target, {"model_type": "mixtral", "num_local_experts": 8})
+    assert str(raised.value) == (
+        "releases.r: scheme W3A16 can't be served at target 'here': vllm 0.26.0 refuses W3A16 of mixtral on sm90 (run "
+        "there: ValueError: CompressedTensorsWNA16MarlinMoEMethod only supports int4 and int8 now.); expected another "
+        "scheme, or another deploy.target"
+    )
+    check_scheme("r", SCHEMES["W3A16"], "here", target, {"model_type": "llama"})
+    check_scheme("r", SCHEMES["W3A16"], "here", target, OTHER)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "BF16"])
+def test_a_family_that_was_answered_wrongly_is_refused_whatever_is_known_in_general(monkeypatch, scheme):
+    found = Run("vllm", "0.26.0", "sm90", "llama", scheme, "as planned", "wrong", "3.1", "", "greedy, garble")
+    served = replace(found, version="0.9.9", outcome="served", told="")
+    monkeypatch.setattr(engine_runs, "runs", lambda: (found, served))
+    told = f"vllm 0.26.0 answers {scheme} wrongly of llama on sm90 (run there: greedy, garble)"
+    assert unsupported(SCHEMES[scheme], gpu("vllm", "sm90"), "llama", False) == told
+    monkeypatch.setattr(engine_runs, "runs", lambda: (replace(served, version="0.30.0"), found))
+    assert unsupported(SCHEMES[scheme], gpu("vllm", "sm90"), "llama", False) is None, "a newer engine mends it"
+    monkeypatch.setattr(engine_runs, "runs", lambda: (replace(found, packed="all"),))
+    assert unsupported(SCHEMES[scheme], gpu("vllm", "sm90"), "llama", False) is None, "no release is packed so"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -73,14 +104,15 @@ def test_a_target_for_checkpoints_of_modelopt_takes_no_release(engine):
     """The public card says `--quantization modelopt_fp4` of a checkpoint with compressed-tensors names."""
     target = gpu(engine, "sm120", quantization="modelopt_fp4")
     with pytest.raises(RequantError, match="reads checkpoints of that format, a release is compressed-tensors"):
-        check_scheme("r", SCHEMES["NVFP4"], "here", target)
-    assert unsupported(SCHEMES["BF16"], target).endswith("a release is not quantized")
-    check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, "sm120", quantization="compressed-tensors"))
+        check_scheme("r", SCHEMES["NVFP4"], "here", target, OTHER_MOE)
+    assert unsupported(SCHEMES["BF16"], target, "llama", False).endswith("a release is not quantized")
+    check_scheme("r", SCHEMES["NVFP4"], "here", gpu(engine, "sm120", quantization="compressed-tensors"), OTHER)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_decoded_weights_are_served_wherever_bf16_is(engine):
-    assert [unsupported(scheme, gpu(engine, "sm90", weights="decoded")) for scheme in SCHEMES.values()] == [None] * 5
+    decoded = gpu(engine, "sm90", weights="decoded")
+    assert [unsupported(scheme, decoded, "mixtral", True) for scheme in SCHEMES.values()] == [None] * 5
     assert not holds_packed(gpu(engine, "sm120", weights="decoded")) and holds_packed(gpu(engine, "sm120"))
 
 
@@ -120,12 +152,12 @@ def test_a_cache_that_garbles_the_model_is_refused():
 
 
 def test_transformers_serves_every_scheme():
-    assert [unsupported(scheme, Target()) for scheme in SCHEMES.values()] == [None] * len(SCHEMES)
+    assert [unsupported(scheme, Target(), "mixtral", True) for scheme in SCHEMES.values()] == [None] * len(SCHEMES)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_every_engine_serves_bf16(engine):
-    assert unsupported(SCHEMES["BF16"], gpu(engine, "sm80")) is None
+    assert unsupported(SCHEMES["BF16"], gpu(engine, "sm80"), "llama", False) is None
 
 
 @pytest.mark.parametrize(
