@@ -60,6 +60,7 @@ from requant.schemes import SCHEMES  # noqa: E402
 
 KEYS = ("engine", "engine_version", "gpu", "devices", "case", "scheme", "all_packed")  # of a row
 OUT = ROOT / "benchmarks/results/engines.json"
+BLOCKS = tiny.SIZES["num_hidden_layers"]
 COMMON = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 16, "initializer_range": 0.05}
 GQA = COMMON | {"num_key_value_heads": 2, "head_dim": 128}
 EXPERTS = {"moe_intermediate_size": 256, "num_experts_per_tok": 4}
@@ -123,21 +124,27 @@ class Cell:
 
 def make_model(case: Case, folder: Path) -> None:
     """A random model in folder/source, its tokens, and the reference chain of hidden states."""
-    from requant.calibration import make_token_sets
-    from requant.chain import embed, run_reference_block
-
     source = tiny.write_checkpoint(folder / "source", case.family, **case.sizes)
     tiny.edit_config(source, **case.more)
     make_readable(source)
+    run_chain(source, folder)
+
+
+def run_chain(source: Path, folder: Path, device: str = "cpu") -> None:
+    """Tokens for the model in `source`, and the reference chain of hidden states, in `folder`."""
+    from requant.calibration import make_token_sets
+    from requant.chain import embed, run_reference_block
+
     text = tiny.write_text(folder / "text.txt", 1600)
     asked = TEXT.model_copy(update={"sources": [TEXT.sources[0].model_copy(update={"path": str(text)})]})
     tokens = folder / "tokens.safetensors"
     make_token_sets("random", source, "words", asked, tokens, folder / "tokens.json")
     embed(source, tokens, hidden(folder, 0))
-    for block in range(tiny.SIZES["num_hidden_layers"]):
+    for block in range(BLOCKS):
         run_reference_block(
             *(source, tokens, hidden(folder, block), block, hidden(folder, block + 1)),
             *(folder / f"routing-{block}.json", folder / f"saliency-{block}.csv", "random", "words"),
+            device=device,
         )
 
 
@@ -166,30 +173,38 @@ def hidden(folder: Path, block: int) -> Path:
 
 def make_release(cell: Cell, model: Path, folder: Path) -> None:
     """The model in that scheme for that engine: model/, pack.json and evaluate.json in `folder`."""
-    from requant.copying import copy_block
     from requant.disk import heldout_beside
     from requant.evaluate import evaluate
-    from requant.packing import pack
-    from requant.quantize import BlockJob, quantize_block
 
-    source, tokens = model / "source", model / "tokens.safetensors"
     release = Release(model="random", scheme=cell.scheme, tuning=Tuning(iters=0, inputs="reference"))
     if not cell.all_packed:
         release = for_engine(release, CASES[cell.case].family, cell.target)
-    for block in range(tiny.SIZES["num_hidden_layers"]):
+    make_checkpoint(release, model, folder)
+    chain = [heldout_beside(hidden(model, block)) for block in range(BLOCKS + 1)]
+    evaluate(
+        *(model / "source", folder / "model", model / "tokens.safetensors", model / "tokens.json", chain),
+        *("random", "random", 1, folder / "evaluate.json"),
+    )
+
+
+def make_checkpoint(release: Release, model: Path, folder: Path) -> None:
+    """The model as that release: model/ and pack.json in `folder`."""
+    from requant.copying import copy_block
+    from requant.packing import pack
+    from requant.quantize import BlockJob, quantize_block
+
+    source, scheme = model / "source", release.scheme
+    for block in range(BLOCKS):
         out, record = folder / f"blocks/{block}.safetensors", folder / f"blocks/{block}.json"
-        if not SCHEMES[cell.scheme].quantizes:
-            copy_block(source, "random", block, cell.scheme, out, record)
+        if not SCHEMES[scheme].quantizes:
+            copy_block(source, "random", block, scheme, out, record)
             continue
         job = BlockJob(
-            *(source, "random", "random", block, cell.scheme, release.tuning, release.keep, tokens),
+            *(source, "random", "random", block, scheme, release.tuning, release.keep, model / "tokens.safetensors"),
             *(hidden(model, block), hidden(model, block + 1)),
         )
         quantize_block(job, out, record, None)
-    packed = folder / "model"
-    pack(source, "random", "random", cell.scheme, folder / "blocks", packed, folder / "pack.json")
-    chain = [heldout_beside(hidden(model, block)) for block in range(tiny.SIZES["num_hidden_layers"] + 1)]
-    evaluate(source, packed, tokens, model / "tokens.json", chain, "random", "random", 1, folder / "evaluate.json")
+    pack(source, "random", "random", scheme, folder / "blocks", folder / "model", folder / "pack.json")
 
 
 def measure(cell: Cell, model: Path, folder: Path) -> dict:
