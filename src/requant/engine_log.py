@@ -65,6 +65,7 @@ _BARE = re.compile(
     | what\(\):\ . | .*\bterminated\ by\ signal
     | (?:nvcc\ )?fatal\ *:\ . | ninja:\ (?:error|fatal):\ .
     | .*\bCUDA\ out\ of\ memory
+    | .*\bwatchdog\ timeout\b                            # sglang: one step took longer than it waits
     """
 )
 # What only points to another error, or follows from one: of no use while there is any other.
@@ -80,6 +81,7 @@ _FOLLOWS = re.compile(
     | sub-?process(?:es)?\ (?:exited|died|failed) | child\ proces+\b | scheduler\ is\ dead
     | Application\ startup\ failed
     | remote\ process\ exited | \bserver\ launch\ failed | ^Aborted | terminated\ by\ signal
+    | Pyspy\ failed | pyspy\ dump                         # sglang looks where a process stands
     | Connection\ (?:closed|reset)\ by\ peer | hit\ an\ exception:?$
     """
 )

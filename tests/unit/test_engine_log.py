@@ -259,6 +259,17 @@ RuntimeError: Engine process failed to start. See stack trace for the root cause
             "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address in use\n",
             "[Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address in use",
         ),
+        "sglang, kernels that are compiled for too long": (
+            """\
+[2026-12-01 03:43:21] INFO:     Uvicorn running on http://127.0.0.1:35173 (Press CTRL+C to quit)
+[2026-12-01 03:50:51] Pyspy failed (py-spy dump --native --pid 9078). Error: /bin/sh: 1: py-spy: not found
+
+[2026-12-01 03:50:51] All pyspy dump attempts failed for PID 9078.
+[2026-12-01 03:50:51] Scheduler watchdog timeout (self.watchdog_timeout=300, self.soft=False)
+[2026-12-01 03:50:56] SIGQUIT received. signum=None, frame=None. It usually means one child failed.
+""",
+            "Scheduler watchdog timeout (self.watchdog_timeout=300, self.soft=False)",
+        ),
         "no such module": ("/usr/bin/python3: No module named sglang", "/usr/bin/python3: No module named sglang"),
         "no such program": ("bash: /x/vllm: No such file or directory", "bash: /x/vllm: No such file or directory"),
         "another architecture": ("exec /x/python3: exec format error", "exec /x/python3: exec format error"),
