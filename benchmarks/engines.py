@@ -295,10 +295,14 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
             print(cell.case, cell.scheme, row.get("verdict") or row.get("error"), f"{row['seconds']:.0f} s", flush=True)
 
 
-def run_of(row: dict) -> Run:
-    """The line of the table for a row."""
-    failed = [name for name, found in row.get("checks", {}).items() if found.startswith("failed")]
-    told = "" if row.get("verdict") == "passed" else ", ".join(failed) or row["engine_error"]
+def run_of(row: dict) -> Run | None:
+    """The line of the table for a row; None if it says nothing of the release: an engine that was too slow, or that
+    ended without a word or in the middle of the questions."""
+    failed = ", ".join(name for name, found in row.get("checks", {}).items() if found.startswith("failed"))
+    told = failed if row["served"] else row.get("engine_error") or ""
+    passed, ended = row.get("verdict") == "passed", "before it served" in row.get("error", "")
+    if not (passed or told) or (not row["served"] and (not ended or "watchdog timeout" in told)):
+        return None
     off = re.search(r"([\d.]+) times as far off", row.get("checks", {}).get("log_probabilities", ""))
     return Run(
         engine=row["engine"],
@@ -307,7 +311,7 @@ def run_of(row: dict) -> Run:
         case=row["case"],
         scheme=row["scheme"],
         packed="all" if row["all_packed"] else "as planned",
-        outcome="refused" if not row["served"] else "served" if row["verdict"] == "passed" else "wrong",
+        outcome="refused" if not row["served"] else "served" if passed else "wrong",
         off=off[1] if off else "",
         kernels="; ".join(row["kernels"]),
         told=told,
@@ -319,7 +323,8 @@ def write_table(rows: list[dict], path: Path) -> None:
     text = io.StringIO()
     lines = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     lines.writeheader()
-    lines.writerows(asdict(run_of(row)) for row in rows if row["devices"] == 1)
+    runs = [run_of(row) for row in rows if row["devices"] == 1]
+    lines.writerows(asdict(run) for run in runs if run is not None)
     write_text(path, text.getvalue())
 
 

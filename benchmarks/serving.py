@@ -13,6 +13,7 @@ With 192 experts the source takes 36 GB of disk, a quantized release 10 GB while
 """
 
 import argparse
+import gc
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ import tiny
 
 from requant import throughput
 from requant.config import Release, Target, Throughput, Tuning
+from requant.config_json import COMPUTED
 from requant.engine_keeps import for_engine
 from requant.engines import serve_at
 from requant.environment import machine
@@ -32,13 +34,19 @@ from requant.schemes import SCHEMES
 
 OUT = engines.ROOT / "benchmarks/results/serving.json"
 FAMILY = "deepseek_v32"
-# Of the shape that are not its own: a dense block and two with experts, and a router that vLLM asks for by name.
-HERE = {"num_hidden_layers": engines.BLOCKS, "first_k_dense_replace": 1, "vocab_size": 320, "topk_method": "noaux_tc"}
-HERE |= {
+# Of the shape that are not its own: a dense block, two with experts; and what releases say: BF16 is the source itself.
+HERE = COMPUTED[FAMILY] | {
+    "num_hidden_layers": engines.BLOCKS,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "vocab_size": 320,
     "architectures": ["DeepseekV32ForCausalLM"],
     "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "dtype": "bfloat16",
+    "torch_dtype": "bfloat16",
+    "rope_theta": 10000.0,
 }
 KEYS = ("engine", "engine_version", "gpu", "width", "experts", "scheme")
 REQUEST_SECONDS = 3600.0
@@ -83,6 +91,8 @@ def write_source(config: dict, folder: Path, device: str) -> None:
 
 def measure(scheme: str, release: Release, target: Target, model: Path, folder: Path, settings: Throughput) -> dict:
     """The row of one scheme."""
+    import torch
+
     served, log = model / "source", folder / "engine.log"
     if SCHEMES[scheme].quantizes:
         engines.make_checkpoint(release, model, folder)
@@ -92,6 +102,9 @@ def measure(scheme: str, release: Release, target: Target, model: Path, folder: 
         for number in range(max(settings.concurrency) * (settings.repeats + settings.warmup))
         for words in [" ".join(tiny.sentences(settings.prompt_tokens, number + 2)).split()]
     ]
+    gc.collect()
+    if target.device == "cuda":
+        torch.cuda.empty_cache()  # the engine needs what the making took
     with serve_at(target, served, log) as server:
         levels = throughput.measure(scheme, server, target.engine, prompts, settings, REQUEST_SECONDS)
     return {

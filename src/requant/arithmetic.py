@@ -61,9 +61,9 @@ FACTS = (
         *("sglang", "W3A16", 0, None, REFUSED, "0.5.16", ON_H200),
         said="Other method (CompressedTensorsW4A16Sparse24) is not supported now",
     ),
-    Fact("vllm", "W4A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Marlin in Linears and experts"),
-    Fact("sglang", "W4A16", 0, None, ALONE, "0.5.16", f"{ON_H200}: Marlin in Linears and experts"),
-    Fact("vllm", "W8A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Marlin in Linears and experts"),
+    Fact("vllm", "W4A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Machete or Marlin in Linears, Marlin in experts"),
+    Fact("sglang", "W4A16", 0, None, ALONE, "0.5.16", f"{ON_H200}: Marlin in experts"),
+    Fact("vllm", "W8A16", 0, None, ALONE, "0.26.0", f"{ON_H200}: Machete or Marlin in Linears, Marlin in experts"),
     Fact("sglang", "W8A16", 0, None, ALONE, "0.5.16", f"its documentation; {NOT_RUN}"),
 )
 

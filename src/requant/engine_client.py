@@ -75,7 +75,7 @@ def ask(client: "OpenAI", model: str, tokenizer: Any, prompt: str, max_tokens: i
     else:
         steps = ["".join(stream(client, model, prompt, limit)[0]) for limit in range(1, written)] + ["".join(pieces)]
     # Of bytes that complete no character an engine shows nothing, or a mark if the answer ends there.
-    return Served(prompt, prompt_ids, [step.rstrip(INCOMPLETE) for step in steps], read=read)
+    return Served(prompt, prompt_ids, [step.rstrip(INCOMPLETE) for step in steps], read=read, shown=steps)
 
 
 def stream(client: "OpenAI", model: str, prompt: str, max_tokens: int) -> tuple[list[str], int, int]:

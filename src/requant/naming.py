@@ -71,14 +71,14 @@ def engine_names(name: str, config: dict[str, Any]) -> set[str]:
     """What serving engines may ask for when they look whether the module that requant calls `name` is quantized.
 
     vLLM asks for the experts of a Mixtral by its own names of projections, under Mixtral's name of their module. sglang
-    asks for a layer that it fuses by the name of that layer, and for a block's experts by that of their module (0.5.16,
-    DeepSeek-V3; what of a fused layer stays in BF16 is all of it).
+    asks for a layer that it fuses by the name of that layer, of families of which it has no list of these (0.5.16:
+    gate_up_proj of DeepSeek-V3); what of a fused layer stays in BF16 is all of it.
     """
     released = released_name(name, config)
     module, leaf = released.rpartition(".")[0], name.rpartition(".")[2]
     asked = {released, f"{module}.{leaf}"}
     if EXPERT.fullmatch(name):
-        return asked | {module.rpartition(".")[0]}
+        return asked
     return asked | {f"{module}.{fused}" for fused, members in FUSED.items() if leaf in members}
 
 

@@ -360,9 +360,12 @@ def code_digests(root: Path) -> dict[str, dict[str, str]]:
     return digests | flake_inputs(root / "flake.lock")
 
 
+KINDS = ("py", "csv", "j[2s]*")  # of the library's files
+
+
 def code_sha256(root: Path) -> str:
     """sha256 over the hashes and names of the files that a build runs, as `sha256sum` prints them."""
-    patterns = ("Snakefile", "rules/*.smk", "scripts/*.py", "src/requant/**/*.py", "src/requant/**/*.j[2s]*")
+    patterns = ("Snakefile", "rules/*.smk", "scripts/*.py", *(f"src/requant/**/*.{kind}" for kind in KINDS))
     paths = sorted(path for pattern in patterns for path in root.glob(pattern))
     lines = "".join(f"{file_entry(path).sha256}  {path.relative_to(root)}\n" for path in paths)
     return hashlib.sha256(lines.encode()).hexdigest()

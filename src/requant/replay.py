@@ -28,7 +28,10 @@ CONTROLS = 6  # blocks that are left out, one after another, until the answers f
 
 @dataclass
 class Served:
-    """What the engine made of one prompt: `steps[j]` is the whole text after token j."""
+    """What the engine made of one prompt: `steps[j]` is the whole text after token j.
+
+    shown: the same with the marks that it shows for characters that are cut off; empty if it shows none.
+    """
 
     prompt: str
     prompt_ids: list[int]
@@ -42,6 +45,7 @@ class Served:
     sure: int | None = None  # tokens up to the first bytes that are no character; None if there are none
     unread: bool = False  # its next token is none that the chain would take for its text
     read: int | None = None  # prompt tokens as the engine counted them
+    shown: list[str] = field(default_factory=list)
 
 
 def replay(model: "StreamedModel", tokenizer: Any, served: list[Served]) -> None:

@@ -153,9 +153,13 @@ def _signal_name(number: int) -> str:
 
 
 def engine_environment(target: Target, threads: int) -> dict[str, str]:
-    """What an engine is told by variables: no network, on a CPU how many threads, and what the target says."""
+    """What an engine is told by variables: no network, on a CPU how many threads, and what the target says.
+
+    sglang asks itself first, which compiles kernels, and ends if that takes it longer than it is told.
+    """
     on_cpu = {"OMP_NUM_THREADS": str(threads)} if target.device == "cpu" else {}
-    return {"HF_HUB_OFFLINE": "1", **on_cpu, **target.environment}
+    patience = {"SGLANG_WARMUP_TIMEOUT": str(target.startup_seconds)} if target.engine == "sglang" else {}
+    return {"HF_HUB_OFFLINE": "1", **on_cpu, **patience, **target.environment}
 
 
 def name_for_requests(target: Target, path: str, name: str) -> str:

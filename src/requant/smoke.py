@@ -227,13 +227,13 @@ def own_choice(answer: Served, rate: float, answers: int = 1) -> bool:
 
 def repetition(served: list[Served], allowed: Allowed) -> Check:
     """Answers that end in a loop which this checkpoint would not have written."""
-    looping = [answer for answer in served if loops(answer.steps)]
+    looping = [answer for answer in served if loops(answer.shown or answer.steps)]
     return _symptom(REPETITION, "end in a loop", looping, served, allowed)
 
 
 def garble(served: list[Served], allowed: Allowed) -> Check:
     """Answers with characters that no text has, which this checkpoint would not have written."""
-    strange = [answer for answer in served if answer.steps and strangeness(answer.steps[-1]) > STRANGE]
+    strange = [it for it in served if it.steps and strangeness((it.shown or it.steps)[-1]) > STRANGE]
     return _symptom(GARBLE, "have characters that no text has", strange, served, allowed)
 
 

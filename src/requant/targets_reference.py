@@ -73,7 +73,9 @@ Random models of each family, of widths that kernels for GPUs take, as `benchmar
 the engine as a program: plain rounding, all that the engine needs in BF16 kept so, and the checks of the smoke test.
 Planning goes by this table first: a family in a format that its engine refused, or answered wrongly, is refused with
 the engine's words. A number says how far log-probabilities were off, in times of what rounding explains; 1.25 is
-allowed. What has no cell was not run, and goes by the table above.
+allowed. What has no cell was not run, and goes by the table above. A table of releases with all Linears packed shows
+what an engine can't do and requant gets around, by keeping Linears in BF16 or decoding weights: planning does not go by
+it.
 
 {runs}
 

@@ -195,6 +195,7 @@ def test_the_request_for_gpus_is_exactly_what_the_target_names():
         + ["--quantization", "compressed-tensors", "--watchdog-timeout", "3600"]
         + ["--mem-fraction-static", "0.85", "--moe-runner-backend", "b12x"],
         "environment": {
+            "SGLANG_WARMUP_TIMEOUT": "3600",
             "DO_NOT_TRACK": "1",
             "NO_COLOR": "1",
             "TYPER_STANDARD_TRACEBACK": "1",

@@ -26,6 +26,8 @@ LOG = """\
 [2026-12-01 00:12:59] server_args=ServerArgs(model_path='model', attention_backend='triton', sampling_backend='pytorch')
 """
 
+ENDED = "engine.log: the engine ended with status 1 before it served: ValueError: no; expected an answer to /health"
+
 
 def test_every_family_has_a_case_and_those_of_engine_keeps_have_true_widths():
     assert {case.family for case in engines.CASES.values()} == FAMILIES.keys()
@@ -73,7 +75,7 @@ def test_the_table_that_planning_reads_is_that_of_the_rows(tmp_path):
 @pytest.mark.parametrize(
     ("row", "outcome", "told"),
     [
-        ({"served": False, "engine_error": "ValueError: no"}, "refused", "ValueError: no"),
+        ({"served": False, "error": ENDED, "engine_error": "ValueError: no"}, "refused", "ValueError: no"),
         ({"served": True, "verdict": "passed", "checks": {"greedy": "passed: 1.0"}}, "served", ""),
         ({"served": True, "verdict": "failed", "checks": {"greedy": "failed: 0.1", "a": "passed:"}}, "wrong", "greedy"),
         ({"served": True, "verdict": "failed", "checks": {"log_probabilities": "failed: 9.3 times as far off as"}},
@@ -85,6 +87,24 @@ def test_a_row_is_a_line_of_the_table(row, outcome, told):
     found = engines.run_of(cell | {"all_packed": True, "kernels": ["a", "b"]} | row)
     assert (found.outcome, found.told, found.gpu, found.packed, found.kernels) == (outcome, told, "cpu", "all", "a; b")
     assert found.off == ("9.3" if told == "log_probabilities" else "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "served": False,
+            "error": "no answer to /health after 900 s",
+            "engine_error": "ValueError",
+        },
+        {"served": False, "error": ENDED, "engine_error": None},
+        {"served": False, "error": ENDED, "engine_error": "Scheduler watchdog timeout (self.watchdog_timeout=300)"},
+        {"served": True, "verdict": "failed", "checks": {"greedy": "passed: 1.0"}},
+    ],
+)
+def test_a_row_that_says_nothing_of_the_release_is_no_line(row):
+    cell = {"engine": "vllm", "engine_version": "1", "gpu": "sm90", "devices": 1, "case": "llama", "scheme": "NVFP4"}
+    assert engines.run_of(cell | {"all_packed": False, "kernels": []} | row) is None
 
 
 def test_an_engine_that_is_not_installed_is_named(capsys, monkeypatch):

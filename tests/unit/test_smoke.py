@@ -409,7 +409,13 @@ def test_what_an_engine_shows_of_a_character_that_is_cut_off_is_no_text(monkeypa
 
     monkeypatch.setattr(engine_client, "stream", stream)
     answer = engine_client.ask(None, "m", lambda prompt: {"input_ids": [1]}, "p", 4)
-    assert answer.steps == ["a", "a", "a", "a🙂"]
+    assert answer.steps == ["a", "a", "a", "a🙂"] and answer.shown == texts
+
+
+def test_an_answer_of_marks_alone_is_garble_and_a_loop():
+    marks = ["\ufffd" * (number + 1) for number in range(16)]
+    broken = Served("p", [1], [""] * 16, agrees=[False] * 16, read=1, shown=marks)
+    assert smoke.garble([broken], ALLOWED).verdict == smoke.repetition([broken], ALLOWED).verdict == "failed"
 
 
 def test_log_probabilities_that_several_tokens_share_a_name_of_are_not_known():
