@@ -249,10 +249,10 @@ def rows_in(out: Path) -> list[dict]:
     return json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
 
 
-def put(out: Path, cell: Cell, row: dict) -> None:
-    """Writes the row of a cell into the file, in place of one that it has."""
-    rows = [*(other for other in rows_in(out) if not same(other, cell)), row]
-    rows.sort(key=lambda row: [str(row[key]) for key in KEYS])
+def put(out: Path, row: dict, keys: tuple[str, ...] = KEYS) -> None:
+    """Writes a row into the file, in place of one that has the same `keys`."""
+    rows = [*(other for other in rows_in(out) if any(other[key] != row[key] for key in keys)), row]
+    rows.sort(key=lambda row: [str(row[key]) for key in keys])
     write_text(out, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
@@ -291,7 +291,7 @@ def measure_all(cells: list[Cell], at_once: int, scratch: Path, out: Path, logs:
                 for file in ("engine.log", "deploy.failed.json"):
                     if (folders[cell] / file).exists():
                         shutil.copyfile(folders[cell] / file, logs / f"{name}.{file}")
-            put(out, cell, row)
+            put(out, row)
             print(cell.case, cell.scheme, row.get("verdict") or row.get("error"), f"{row['seconds']:.0f} s", flush=True)
 
 

@@ -29,7 +29,6 @@ from requant.config_json import COMPUTED
 from requant.engine_keeps import for_engine
 from requant.engines import serve_at
 from requant.environment import machine
-from requant.records import write_text
 from requant.schemes import SCHEMES
 
 OUT = engines.ROOT / "benchmarks/results/serving.json"
@@ -89,6 +88,11 @@ def write_source(config: dict, folder: Path, device: str) -> None:
     engines.make_readable(folder)
 
 
+def text_of(words: int, seed: int) -> str:
+    """So many words; of the vocabulary each is about a token."""
+    return " ".join(" ".join(tiny.sentences(words, seed)).split()[:words])
+
+
 def measure(scheme: str, release: Release, target: Target, model: Path, folder: Path, settings: Throughput) -> dict:
     """The row of one scheme."""
     import torch
@@ -97,11 +101,8 @@ def measure(scheme: str, release: Release, target: Target, model: Path, folder: 
     if SCHEMES[scheme].quantizes:
         engines.make_checkpoint(release, model, folder)
         served = folder / "model"
-    prompts = [
-        " ".join(words[: settings.prompt_tokens])
-        for number in range(max(settings.concurrency) * (settings.repeats + settings.warmup))
-        for words in [" ".join(tiny.sentences(settings.prompt_tokens, number + 2)).split()]
-    ]
+    count = max(settings.concurrency) * (settings.repeats + settings.warmup)
+    prompts = [text_of(settings.prompt_tokens, number + 2) for number in range(count)]
     gc.collect()
     if target.device == "cuda":
         torch.cuda.empty_cache()  # the engine needs what the making took
@@ -152,9 +153,7 @@ def main() -> None:
             with TemporaryDirectory(dir=scratch) as folder:
                 row = common | measure(scheme, release, target, model, Path(folder), settings)
             row |= {"settings": settings.model_dump(), "machine": machine().model_dump()}
-            rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-            rows = [other for other in rows if any(other[key] != row[key] for key in KEYS)]
-            write_text(options.out, json.dumps({"rows": [*rows, row]}, indent=1) + "\n")
+            engines.put(options.out, row, KEYS)
 
 
 if __name__ == "__main__":

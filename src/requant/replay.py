@@ -30,7 +30,7 @@ CONTROLS = 6  # blocks that are left out, one after another, until the answers f
 class Served:
     """What the engine made of one prompt: `steps[j]` is the whole text after token j.
 
-    shown: the same with the marks that it shows for characters that are cut off; empty if it shows none.
+    shown: the same with the marks that it shows for characters that are cut off; empty if `steps` are all there is.
     """
 
     prompt: str

@@ -54,10 +54,10 @@ def test_a_cell_has_one_row_and_is_not_measured_again(tmp_path):
     target = Target()
     cells = [engines.Cell(case, scheme, target, False) for case in ("llama", "qwen3") for scheme in ("NVFP4", "BF16")]
     assert engines.without_rows(cells, out) == cells
-    engines.put(out, cells[0], cells[0].key | {"served": False})
-    engines.put(out, cells[3], cells[3].key | {"served": True})
+    engines.put(out, cells[0].key | {"served": False})
+    engines.put(out, cells[3].key | {"served": True})
     assert engines.without_rows(cells, out) == cells[1:3]
-    engines.put(out, cells[0], cells[0].key | {"served": True})
+    engines.put(out, cells[0].key | {"served": True})
     rows = engines.rows_in(out)
     assert [(row["case"], row["scheme"], row["served"]) for row in rows] == [
         ("llama", "NVFP4", True),
