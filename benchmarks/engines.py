@@ -332,6 +332,14 @@ def same(row: dict, cell: Cell) -> bool:
     return all(row[key] == value for key, value in cell.key.items())
 
 
+def check_installed(parser: argparse.ArgumentParser, engine: str) -> None:
+    """Ends the program with a line if this Python has no such engine."""
+    try:
+        version(engine)
+    except PackageNotFoundError:
+        parser.error(f"{engine}: not a package of {sys.executable}; expected it installed there")
+
+
 def target_of(options: argparse.Namespace) -> Target:
     """The place that cells are served at: this machine."""
     import torch
@@ -367,10 +375,7 @@ def main() -> None:
         return write_table(rows_in(options.out), TABLE)
     if options.engine is None:
         parser.error("expected an engine: transformers, vllm or sglang; or --table")
-    try:
-        version(options.engine)
-    except PackageNotFoundError:
-        parser.error(f"{options.engine}: not a package of {sys.executable}; expected it installed there")
+    check_installed(parser, options.engine)
     target = target_of(options)
     wanted = [Cell(case, scheme, target, options.all_packed) for case in options.case for scheme in options.scheme]
     cells = wanted if options.again else without_rows(wanted, options.out)

@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--startup", type=int, default=1800)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
+    engines.check_installed(parser, options.engine)
     options.devices = 1
     target = engines.target_of(options)
     target = target.model_copy(update={"arguments": options.argument, "memory_fraction": 0.85})

@@ -9,6 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import engines
+import serving
 
 from requant.architecture import FAMILIES
 from requant.config import Target
@@ -107,8 +108,9 @@ def test_a_row_that_says_nothing_of_the_release_is_no_line(row):
     assert engines.run_of(cell | {"all_packed": False, "kernels": []} | row) is None
 
 
-def test_an_engine_that_is_not_installed_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["engines.py", "vllm"])
+@pytest.mark.parametrize("benchmark", [engines, serving])
+def test_an_engine_that_is_not_installed_is_named(capsys, monkeypatch, benchmark):
+    monkeypatch.setattr(sys, "argv", [benchmark.__name__, "vllm"])
     with pytest.raises(SystemExit):
-        engines.main()
+        benchmark.main()
     assert "vllm: not a package of" in capsys.readouterr().err
